@@ -1,0 +1,615 @@
+"""A stand-in for Tencent IM and for an AI service, on this machine, with no account.
+
+    python simulator.py                  start it with the bot, hold a conversation
+    python simulator.py --say "Hello"    say this instead
+
+The tests and the benchmark use the same stand-in: real HTTP on loopback, signed callbacks,
+REST calls whose fields, types, sizes and UserSigs are checked as strictly as Tencent
+documents them, its error codes and its de-duplication. Nothing that is deployed imports
+this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+import requests
+
+from usersig import BadSignature, check_user_sig, sign_callback
+
+HERE = Path(__file__).parent
+# The key that Tencent publishes in the README of its UserSig libraries.
+KEY = "5bd2850fff3ecb11d7c805251c51ee463a25727bddc2385f3fa8bfee1bb93b5e"
+C2C_WINDOW, GROUP_WINDOW = 120, 300  # seconds in which Tencent knows a repetition
+LARGEST_MESSAGE = 12 * 1024  # bytes of a MsgBody
+
+Json = dict[str, Any]
+
+
+class Refused(Exception):
+    """A REST call that Tencent would refuse."""
+
+    def __init__(self, code: int, info: str) -> None:
+        super().__init__(info)
+        self.code = code
+
+
+@dataclass
+class Delivered:
+    """A message that a robot sent and a user can see."""
+
+    robot: str
+    chat: str  # the user, or the group
+    text: str
+    number: int  # MsgSeq, by which a client sorts one second
+    body: Json = field(repr=False)
+    time: float = field(default_factory=time.time)
+
+
+U32 = range(2**32)
+COMMON = {
+    "From_Account": str,
+    "MsgBody": list,
+    "OnlineOnlyFlag": int,
+    "ForbidCallbackControl": list,
+    "SendMsgControl": list,
+    "CloudCustomData": str,
+    "OfflinePushInfo": dict,
+    "SupportMessageExtension": int,
+}
+# command -> (required fields, optional fields)
+FIELDS: dict[str, tuple[Json, Json]] = {
+    "openim/sendmsg": (
+        {"To_Account": str, "MsgRandom": U32, "MsgBody": list},
+        COMMON | {"SyncOtherMachine": int, "MsgSeq": U32, "MsgLifeTime": int},
+    ),
+    "group_open_http_svc/send_group_msg": (
+        {"GroupId": str, "Random": U32, "MsgBody": list},
+        COMMON | {"GroupAtInfo": list, "TopicId": str, "MsgPriority": str},
+    ),
+    "openim_robot_http_svc/create_robot": (
+        {"UserID": str},
+        {"Nick": str, "FaceUrl": str, "SelfSignature": str},
+    ),
+    "openim_robot_http_svc/delete_robot": ({"Robot_Account": str}, {}),
+    "openim_robot_http_svc/get_all_robots": ({}, {}),
+}
+
+
+class Simulator:
+    """Tencent IM for one app, with its users, groups and robots, and an AI service.
+
+    Set `fault` to a function (command, body) that returns an error code, "lost" (no
+    answer, no effect) or "late" (effect, but no answer) to break REST calls, and
+    `ai_fault` to one that returns an HTTP status and a body to break the AI.
+    """
+
+    def __init__(self, sdkappid: int = 1400000000, key: str = KEY) -> None:
+        self.sdkappid, self.key, self.admin = sdkappid, key, "administrator"
+        self.token, self.ai_key = "stand-in-token", "stand-in-ai-key"
+        self.users = {"jared", "lin"}
+        self.robots = {"@RBT#001": "Robot", "@RBT#002": "Helper"}
+        self.groups = {"@TGS#demo": {"jared", "lin"}}
+        self.delivered: list[Delivered] = []
+        self.calls: list[tuple[str, Json]] = []
+        self.ai_requests: list[Json] = []
+        self.ai_delay = self.im_delay = self.ai_pace = 0.0  # seconds
+        self.ai_answer: Callable[[list[Json]], str] = parrot
+        self.fault: Callable[[str, Json], int | str | None] = lambda command, body: None
+        self.ai_fault: Callable[[Json], tuple[int, Json] | None] = lambda body: None
+        self.bot_url = ""
+        self._sent: dict[Any, tuple[float, Json]] = {}
+        self._seq = 0
+        self._changed = threading.Condition(threading.RLock())
+        self._http = requests.Session()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.simulator = self
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Simulator:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._http.close()
+
+    # What users do
+
+    def say(self, user: str, robot: str, text: str, **fields: Any) -> Json:
+        """Write to a robot; return the callback's JSON."""
+        seq, chance, now = (
+            random.getrandbits(31),
+            random.getrandbits(32),
+            int(time.time()),
+        )
+        event = {
+            "CallbackCommand": "Bot.OnC2CMessage",
+            "From_Account": user,
+            "To_Account": robot,
+            "MsgSeq": seq,
+            "MsgRandom": chance,
+            "MsgTime": now,
+            "MsgKey": f"{seq}_{chance}_{now}",
+            "OnlineOnlyFlag": 0,
+            "SendMsgResult": 0,
+            "ErrorInfo": "send msg succeed",
+            "MsgBody": text_body(text),
+            "CloudCustomData": "",
+            "EventTime": int(time.time() * 1000),
+        }
+        return self._deliver(event | fields)
+
+    def say_in_group(
+        self, user: str, group: str, text: str, robots: list[str], **fields: Any
+    ) -> Json:
+        """Write to a group, mentioning robots; return the callback's JSON."""
+        with self._changed:
+            self._seq += 1
+            seq = self._seq
+        event = {
+            "CallbackCommand": "Bot.OnGroupMessage",
+            "GroupId": group,
+            "Type": "Public",
+            "From_Account": user,
+            "Operator_Account": user,
+            "Random": random.getrandbits(32),
+            "MsgSeq": seq,
+            "MsgTime": int(time.time()),
+            "OnlineOnlyFlag": 0,
+            "MsgBody": text_body("".join(f"@{name} " for name in robots) + text),
+            "AtRobots_Account": robots,
+            "CloudCustomData": "",
+            "EventTime": int(time.time() * 1000),
+        }
+        return self._deliver(event | fields)
+
+    def _deliver(self, event: Json) -> Json:
+        if self.bot_url:
+            self.callback(event).raise_for_status()
+        return event
+
+    def callback(
+        self, event: Json, http: requests.Session | None = None, **query: Any
+    ) -> requests.Response:
+        """Deliver a callback, once more if it was delivered before."""
+        url = f"{self.bot_url}/im?{urlencode(self.signed(event) | query)}"
+        return (http or self._http).post(url, json=event, timeout=10)
+
+    def signed(self, event: Json) -> dict[str, str]:
+        """Return the query of a callback, as Tencent signs it."""
+        now = str(int(time.time()))
+        return {
+            "SdkAppid": str(self.sdkappid),
+            "CallbackCommand": str(event.get("CallbackCommand", "")),
+            "contenttype": "json",
+            "ClientIP": "127.0.0.1",
+            "OptPlatform": "RESTAPI",
+            "Sign": sign_callback(self.token, now),
+            "RequestTime": now,
+        }
+
+    def wait(self, count: int, timeout: float = 20, chat: str = "") -> list[Delivered]:
+        """Return what robots sent (to one chat), as soon as it is `count` messages."""
+        end = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                seen = [m for m in self.delivered if m.chat == chat or not chat]
+                if len(seen) >= count:
+                    return seen
+                if not self._changed.wait(max(0.0, end - time.monotonic())):
+                    raise TimeoutError(f"{len(seen)} of {count} messages: {seen}")
+
+    # Tencent's REST API
+
+    def rest(self, command: str, query: dict[str, str], body: bytes) -> Json | None:
+        """Do a REST call and return the answer, or None to give none."""
+        try:
+            fields = self._checked(command, query, body)
+            fault = self.fault(command, fields)
+            if isinstance(fault, int):
+                raise Refused(fault, "a fault that was asked for")
+            if fault == "lost":
+                return None
+            answer = self._effect(command, fields)
+            return None if fault == "late" else answer
+        except Refused as error:
+            info = str(error)
+            return {"ActionStatus": "FAIL", "ErrorCode": error.code, "ErrorInfo": info}
+
+    def _checked(self, command: str, query: dict[str, str], body: bytes) -> Json:
+        for name in ("sdkappid", "identifier", "usersig", "random", "contenttype"):
+            if not query.get(name):
+                raise Refused(60012 if name == "sdkappid" else 60025, f"no {name}")
+        if query["contenttype"] != "json" or int(query["random"]) not in U32:
+            raise Refused(60025, "contenttype or random is wrong")
+        if query["sdkappid"] != str(self.sdkappid):
+            raise Refused(70020, "no such app")
+        try:
+            sig = check_user_sig(self.key, query["usersig"])
+        except BadSignature as error:
+            raise Refused(error.code, str(error)) from None
+        if sig["TLS.identifier"] != query["identifier"]:
+            raise Refused(70013, "the UserSig is another user's")
+        if sig["TLS.sdkappid"] != self.sdkappid:
+            raise Refused(70014, "the UserSig is another app's")
+        if query["identifier"] != self.admin:
+            raise Refused(60010, "not an admin")
+        if command not in FIELDS:
+            raise Refused(60009, f"no such command: {command}")
+        return self._typed(command, body)
+
+    def _typed(self, command: str, body: bytes) -> Json:
+        try:
+            fields = json.loads(body)
+        except ValueError:
+            raise Refused(60003, "the body is not JSON") from None
+        required, optional = FIELDS[command]
+        for name in required:
+            if name not in fields:
+                raise Refused(10004, f"{name} is missing")
+        for name, value in fields.items():
+            kind = (required | optional).get(name)
+            if kind is None:
+                raise Refused(10004, f"{name} is not a field of {command}")
+            if kind is U32:
+                fits = type(value) is int and value in U32
+            else:
+                fits = type(value) is kind
+            if not fits:
+                raise Refused(10004, f"{name} has the wrong type")
+        with self._changed:
+            self.calls.append((command, fields))
+        return dict(fields)
+
+    def _effect(self, command: str, body: Json) -> Json:
+        with self._changed:
+            match command.rpartition("/")[2]:
+                case "sendmsg":
+                    answer = self._sendmsg(body)
+                case "send_group_msg":
+                    answer = self._send_group_msg(body)
+                case "create_robot":
+                    answer = self._create_robot(body)
+                case "delete_robot":
+                    if not self.robots.pop(body["Robot_Account"], None):
+                        raise Refused(10004, "no such robot")
+                    answer = {}
+                case _:
+                    answer = {"Robot_Account": list(self.robots)}
+            self._changed.notify_all()
+        return {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0, **answer}
+
+    def _sendmsg(self, body: Json) -> Json:
+        self._check_message(body, 93000)
+        if body["To_Account"] not in self.users:
+            raise Refused(90012, "To_Account is not registered")
+        seq = body.get("MsgSeq", random.getrandbits(32))
+        content = zlib.crc32(json.dumps(body["MsgBody"]).encode())
+        key = (
+            body["From_Account"],
+            body["To_Account"],
+            seq,
+            body["MsgRandom"],
+            content,
+        )
+        now = int(time.time())
+        answer = {"MsgTime": now, "MsgKey": f"{seq}_{body['MsgRandom']}_{now}"}
+        return self._once(key, C2C_WINDOW, answer, body["To_Account"], seq, body)
+
+    def _send_group_msg(self, body: Json) -> Json:
+        self._check_message(body, 80002)
+        if body["GroupId"] not in self.groups:
+            raise Refused(10015, "no such group")
+        self._seq += 1
+        key = (body["GroupId"], body["Random"])
+        answer = {"MsgTime": int(time.time()), "MsgSeq": self._seq}
+        return self._once(key, GROUP_WINDOW, answer, body["GroupId"], self._seq, body)
+
+    def _check_message(self, body: Json, too_long: int) -> None:
+        if body.get("From_Account", self.admin) not in {self.admin, *self.robots}:
+            raise Refused(90008, "From_Account does not exist")
+        if not body["MsgBody"] or any(
+            not isinstance(item, dict) or set(item) != {"MsgType", "MsgContent"}
+            for item in body["MsgBody"]
+        ):
+            raise Refused(90002, "MsgBody is not a list of elements")
+        if (
+            len(json.dumps(body["MsgBody"], ensure_ascii=False).encode())
+            > LARGEST_MESSAGE
+        ):
+            raise Refused(too_long, "the message is too long")
+
+    def _once(
+        self, key: Any, window: int, answer: Json, chat: str, number: int, body: Json
+    ) -> Json:
+        """Show a message, unless Tencent would know it for a repetition."""
+        known = self._sent.get(key)
+        if known and time.time() - known[0] < window:
+            return known[1]
+        self._sent[key] = (time.time(), answer)
+        text = "".join(
+            str(item["MsgContent"].get("Text", "")) for item in body["MsgBody"]
+        )
+        robot = body.get("From_Account", self.admin)
+        self.delivered.append(Delivered(robot, chat, text, number, body))
+        return answer
+
+    def _create_robot(self, body: Json) -> Json:
+        userid = body["UserID"]
+        if not userid.startswith("@RBT#") or len(userid.encode()) > 32:
+            raise Refused(10004, "the UserID of a robot starts with @RBT#")
+        if userid not in self.robots and len(self.robots) >= 20:
+            raise Refused(10008, "the app has 20 robots already")
+        self.robots[userid] = body.get("Nick") or self.robots.get(userid, "")
+        return {}
+
+    # The AI service
+
+    def ai(self, headers: Any, body: bytes) -> tuple[int, Json]:
+        """Return the status and either an error or {"text": the answer}."""
+        if headers.get("Authorization") != f"Bearer {self.ai_key}":
+            return 401, ai_error("authorized_error", "invalid api key (2049)")
+        asked = json.loads(body)
+        messages = asked.get("messages")
+        if not messages or not all(message.get("content") for message in messages):
+            return 400, ai_error("bad_request_error", "empty content (2013)")
+        with self._changed:
+            self.ai_requests.append(asked)
+        time.sleep(self.ai_delay)
+        if broken := self.ai_fault(asked):
+            return broken
+        text = self.ai_answer(messages)
+        if asked.get("thinking", {}).get("type") != "disabled":
+            text = f"<think>\nI repeat it.\n</think>\n\n{text}"
+        return 200, {"text": text}
+
+    def stream(self, text: str) -> Iterator[bytes]:
+        """Yield an answer as the AI service streams it."""
+        for start in range(0, len(text), 4):
+            choice = {"index": 0, "delta": {"content": text[start : start + 4]}}
+            yield _event({"object": "chat.completion.chunk", "choices": [choice]})
+            time.sleep(self.ai_pace)
+        yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        yield b"data: [DONE]\n\n"
+
+
+def parrot(messages: list[Json]) -> str:
+    """Return an answer by which a question can be known, and how much is remembered."""
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return f"You said: {asked[-1]} (question {len(asked)} of our chat)"
+
+
+def text_body(text: str) -> list[Json]:
+    """Return a MsgBody that holds a text."""
+    return [{"MsgType": "TIMTextElem", "MsgContent": {"Text": text}}]
+
+
+def ai_error(kind: str, message: str) -> Json:
+    """Return an error as MiniMax words it."""
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def _event(data: Json) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+    simulator: Simulator
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a caller hung up
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    server: _Server
+
+    def do_POST(self) -> None:
+        simulator = self.server.simulator
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        url = urlsplit(self.path)
+        if url.path == "/v1/chat/completions":
+            self._ai(simulator, body)
+        elif url.path.startswith("/v4/"):
+            query = {name: values[0] for name, values in parse_qs(url.query).items()}
+            answer = simulator.rest(url.path[4:], query, body)
+            time.sleep(simulator.im_delay)
+            self._answer(200, answer)
+        else:
+            self._answer(404, {"error": "404 page not found"})
+
+    def _ai(self, simulator: Simulator, body: bytes) -> None:
+        status, answer = simulator.ai(self.headers, body)
+        if status != 200:
+            self._answer(status, answer)
+        elif json.loads(body).get("stream"):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for piece in simulator.stream(answer["text"]):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                if simulator.ai_pace:
+                    self.wfile.flush()
+            self.wfile.write(b"0\r\n\r\n")
+        else:
+            message = {"role": "assistant", "content": answer["text"]}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            base = {"status_code": 0, "status_msg": ""}
+            self._answer(200, {"choices": [choice], "base_resp": base})
+
+    def _answer(self, status: int, answer: Json | None) -> None:
+        if answer is None:
+            self.close_connection = True
+            return
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class BotProcess:
+    """The bot as the Procfile starts it, talking to a simulator."""
+
+    def __init__(self, simulator: Simulator, folder: str, **settings: Any) -> None:
+        self.simulator, self.port = simulator, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = Path(folder, "bot.log")
+        names = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
+        self.env = {name: os.environ[name] for name in names if name in os.environ}
+        self.env["PATH"] = f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}"
+        self.env |= self.settings(simulator, folder)
+        self.env |= {name: str(value) for name, value in settings.items()}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def settings(self, simulator: Simulator, folder: str) -> dict[str, str]:
+        """Return the environment that makes a bot of this simulator's app."""
+        return {
+            "IM_SDKAPPID": str(simulator.sdkappid),
+            "IM_KEY": simulator.key,
+            "IM_CALLBACK_TOKEN": simulator.token,
+            "IM_API_URL": simulator.url,
+            "AI_SECRET_KEY": simulator.ai_key,
+            "AI_BASE_URL": f"{simulator.url}/v1",
+            "DATABASE": str(Path(folder, "bot.db")),
+            "GUNICORN_CMD_ARGS": f"--bind 127.0.0.1:{self.port}",
+        }
+
+    def launch(self) -> BotProcess:
+        """Start the process and return at once."""
+        line = HERE.joinpath("Procfile").read_text().split("web:")[1].splitlines()[0]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                shlex.split(line),
+                cwd=HERE,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    def start(self, timeout: float = 20) -> BotProcess:
+        """Start the process and return when it serves."""
+        self.launch()
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and self.alive():
+            with suppress(requests.RequestException):
+                if requests.get(f"{self.url}/healthz", timeout=2).ok:
+                    self.simulator.bot_url = self.url
+                    return self
+            time.sleep(0.05)
+        self.stop(signal.SIGKILL)
+        raise RuntimeError(f"the bot did not start:\n{self.log.read_text()}")
+
+    def alive(self) -> bool:
+        """Return whether the process runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, timeout: float = 40) -> int:
+        """End the process, its workers too if killed, and return its exit status."""
+        assert self.process
+        if self.alive() and how == signal.SIGKILL:
+            os.killpg(self.process.pid, how)
+        elif self.alive():
+            self.process.send_signal(how)
+        return self.process.wait(timeout)
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(**settings: Any) -> Iterator[tuple[Simulator, BotProcess]]:
+    """Run a simulator and a bot that belong together."""
+    with Simulator() as simulator, tempfile.TemporaryDirectory() as folder:
+        bot = BotProcess(simulator, folder, **settings).start()
+        try:
+            yield simulator, bot
+        finally:
+            bot.stop()
+
+
+def show(simulator: Simulator, user: str, text: str, group: str = "") -> None:
+    """Say something, print it, and print the answer when it comes."""
+    known, began = len(simulator.delivered), time.monotonic()
+    place = f"group {group}" if group else "one-to-one"
+    if group:
+        simulator.say_in_group(user, group, text, ["@RBT#001"])
+        print(f"[{place}] {user}: @Robot {text}")
+    else:
+        simulator.say(user, "@RBT#001", text)
+        print(f"[{place}] {user}: {text}")
+    for message in simulator.wait(known + 1, timeout=90)[known:]:
+        took = (time.monotonic() - began) * 1000
+        print(f"[{place}] Robot: {message.text}   ({took:.0f} ms)", flush=True)
+
+
+def converse(simulator: Simulator, say: list[str]) -> None:
+    """Hold the conversation of the demonstration, then let the terminal go on."""
+    for text in say or ["你好", "What did I say before?"]:
+        show(simulator, "jared", text)
+    if not say:
+        show(simulator, "lin", "hello from the group", "@TGS#demo")
+    if sys.stdin.isatty():
+        print("Write to the robot; begin with / g to write in the group; Ctrl-D ends.")
+        while line := input("> ").strip() or " ":
+            if line.startswith("/g "):
+                show(simulator, "jared", line[3:], "@TGS#demo")
+            elif line != " ":
+                show(simulator, "jared", line)
+
+
+def main() -> None:
+    """Run the demonstration."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--say", action="append", default=[], metavar="TEXT")
+    options = parser.parse_args()
+    names = ("AI_SECRET_KEY", "AI_PROVIDER", "AI_BASE_URL", "AI_MODEL")
+    real = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if "AI_SECRET_KEY" in real:
+        real.setdefault("AI_BASE_URL", "")
+    with suppress(KeyboardInterrupt, EOFError), running(**real) as (simulator, bot):
+        whose = "the real AI service" if real else "a stand-in for the AI service"
+        print(f"Stand-in for Tencent IM: {simulator.url}, with {whose}")
+        print(f"The bot, under gunicorn: {bot.url}\n")
+        converse(simulator, options.say)
+
+
+if __name__ == "__main__":
+    main()
