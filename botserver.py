@@ -19,8 +19,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,22 +31,42 @@ from werkzeug.exceptions import HTTPException
 
 import providers
 import tim
-from providers import PROVIDERS, Call, Provider, ProviderError
-from store import Claim, SQLiteStore, Store, StoreError
+from providers import PROVIDERS, Call, Provider, ProviderError, Replace
+from store import Claim, Store, StoreError, open_store
 from usersig import BadSignature, check_callback
 
 LARGEST_CALLBACK = 1 << 20  # bytes
-PATROL = 1.0  # seconds between two looks at what the store holds for us
-RENEWAL = 5.0  # seconds between two renewals of our claims
+PATROL = 0.5  # seconds between two looks at what the store holds for us
+NOTICE_EVERY = 600  # seconds in which a user is told once why messages are refused
 DRAIN = 20.0  # seconds for answers in work when the server stops
 HISTORY_CHARACTERS = 24_000  # of old turns in one question
 
+Json = dict[str, Any]
 logger = logging.getLogger(__name__)
 
+# Whole messages that are commands, and everything the bot says itself.
+COMMANDS = {
+    "/help": "help",
+    "帮助": "help",
+    "/clear": "clear",
+    "清空": "clear",
+    "/stop": "stop",
+    "停止": "stop",
+}
 TEXTS = {
     "zh": {
+        "help": "直接发消息给我就行。/clear（清空）忘掉这段对话，/stop（停止）打断回答。",
+        "clear": "好的，这段对话我已经忘掉了。",
+        "stop": "好的，我停下了。",
+        "stopped": "（已停止）",
+        "strange": "这种消息我还看不懂，请发文字给我。",
+        "blind": "图片我还看不懂，请发文字给我。",
+        "stranger": "抱歉，我还不能为你服务，请联系管理员。",
+        "flood": "消息太多了，请等我答完前面的再发。",
+        "rate": "你发得太快了，请过一分钟再试。",
+        "cut": "（回答中断了：{}）",
         "busy": "AI 服务正忙，请稍后再试。",
-        "slow": "这个问题没能及时答完，请换个简单的问法再试。",
+        "slow": "没能及时答完，请换个简单的问法再试。",
         "quota": "AI 服务的额度已用完，请联系管理员。",
         "filter": "这个问题我不能回答，请换个话题。",
         "long": "对话太长了，请发送 /clear 重新开始。",
@@ -52,8 +74,18 @@ TEXTS = {
         "setup": "AI 服务的设置有误，请联系管理员。",
     },
     "en": {
+        "help": "Just write to me. /clear makes me forget this chat, /stop ends an answer.",
+        "clear": "I have forgotten this chat.",
+        "stop": "I have stopped.",
+        "stopped": "(stopped)",
+        "strange": "I cannot read this kind of message yet. Please write to me.",
+        "blind": "I cannot see pictures yet. Please write to me.",
+        "stranger": "Sorry, I may not serve you yet. Please ask the administrator.",
+        "flood": "That is a lot. Please wait until I have answered what you sent before.",
+        "rate": "You are very fast. Please try again in a minute.",
+        "cut": "(The answer was cut: {})",
         "busy": "The AI service is busy. Please try again in a moment.",
-        "slow": "I could not finish this answer in time. Please ask something simpler.",
+        "slow": "I could not finish in time. Please ask something simpler.",
         "quota": "The AI service's quota is used up. Please tell the administrator.",
         "filter": "I cannot answer this. Please ask something else.",
         "long": "This chat has become too long. Please send /clear to start again.",
@@ -75,6 +107,20 @@ def setting(default: Any = MISSING, low: float = 0, **more: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Persona:
+    """A robot's own settings, from robots.toml; empty ones are the server's."""
+
+    nick: str = ""
+    system_prompt: str = ""
+    provider: str = setting("", choices=tuple(PROVIDERS))
+    model: str = ""
+    reply_mode: str = setting("", choices=tuple(tim.MODES))
+
+
+NOBODY = Persona()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Every setting; its name in the environment is the name here in capitals."""
 
@@ -93,47 +139,80 @@ class Config:
         "You are a helpful assistant in a chat app. Be brief."
     )
     ai_timeout: float = setting(60.0, low=1)  # seconds, for the whole answer
+    reply_mode: str = setting("whole", choices=tuple(tim.MODES))
     worker_threads: int = setting(64, low=1)  # answers in work at once, per process
     database: str = setting("botserver.db")
+    redis_url: str = setting("", secret=True)
+    retention_days: float = setting(7.0, low=1)
     history_turns: int = setting(20)
     group_memory: str = setting("group", choices=("group", "member"))
-    max_backlog: int = setting(10_000, low=1)
+    rate_limit: int = setting(20)  # messages a user a minute; 0 for no limit
+    max_waiting: int = setting(20, low=1)  # messages of one conversation
+    max_backlog: int = setting(10_000, low=1)  # messages in all
+    allow_users: tuple[str, ...] = setting(())
+    allow_groups: tuple[str, ...] = setting(())
+    robots: dict[str, Persona] = field(
+        default_factory=dict, metadata={"file": "robots.toml"}
+    )
     bot_language: str = setting("zh", choices=tuple(TEXTS))
     log_level: str = setting("INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Config:
         """Read the environment; raise ConfigError that names all that is wrong."""
-        values: dict[str, Any] = {}
-        wrong = []
-        for item in fields(cls):
-            text = env.get(item.name.upper(), "").strip()
-            try:
-                if text:
-                    values[item.name] = _read(text, str(item.type), item.metadata)
-                elif item.default is MISSING and item.default_factory is MISSING:
-                    raise ValueError("is missing")
-            except ValueError as error:
-                wrong.append(f"{item.name.upper()} {error}.")
+        texts = {
+            item.name: env.get(item.name.upper(), "").strip() for item in fields(cls)
+        }
+        values, wrong = _read_all(cls, texts, str.upper)
         if wrong := wrong + _disagreements(values):
             raise ConfigError("\n".join(["The settings are not complete:", *wrong]))
         return cls(**values)
 
 
-def _read(text: str, kind: str, limits: Mapping[str, Any]) -> Any:
-    if kind.startswith("tuple"):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if kind.startswith("dict"):
-        return _read_object(text)
-    if kind == "bool":
-        if text.lower() not in ("0", "1", "true", "false", "yes", "no"):
-            raise ValueError("must be 0 or 1")
-        return text.lower() in ("1", "true", "yes")
-    if kind == "str":
-        if (choices := limits.get("choices")) and text not in choices:
-            raise ValueError(f"must be one of: {', '.join(choices)}")
-        return text
-    return _read_number(text, int if kind == "int" else float, limits["low"])
+def _read_all(
+    kind: Any, texts: Mapping[str, Any], spell: Callable[[str], str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the values for a dataclass's fields, and a sentence for each wrong one."""
+    values, wrong = {}, []
+    for item in fields(kind):
+        text = texts.get(item.name) or item.metadata.get("file", "")
+        try:
+            if text:
+                values[item.name] = _read(text, str(item.type), item.metadata)
+            elif item.default is MISSING and item.default_factory is MISSING:
+                raise ValueError("is missing")
+        except ValueError as error:
+            wrong.append(f"{spell(item.name)} {error}.")
+    return values, wrong
+
+
+def _read(text: Any, kind: str, limits: Mapping[str, Any]) -> Any:
+    if not isinstance(text, str):
+        raise ValueError("must be a text in quotes")
+    if kind == "str" and text not in limits.get("choices", [text]):
+        raise ValueError(f"must be one of: {', '.join(limits['choices'])}")
+    if kind == "bool" and text.lower() not in ("0", "1", "true", "false", "yes", "no"):
+        raise ValueError("must be 0 or 1")
+    readers: dict[str, Callable[[], Any]] = {
+        "str": lambda: text,
+        "bool": lambda: text.lower() in ("1", "true", "yes"),
+        "int": lambda: _read_number(text, int, limits["low"]),
+        "float": lambda: _read_number(text, float, limits["low"]),
+        "tuple[str, ...]": lambda: tuple(filter(None, map(str.strip, text.split(",")))),
+        "dict[str, Any]": lambda: _read_object(text),
+        "dict[str, Persona]": lambda: _read_robots(text, limits["file"]),
+    }
+    return readers[kind]()
+
+
+def _read_number(text: str, kind: type[int] | type[float], low: float) -> float:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = -1
+    if not low <= number < 2**53:
+        raise ValueError(f"must be a number of at least {low}")
+    return number
 
 
 def _read_object(text: str) -> dict[str, Any]:
@@ -146,14 +225,30 @@ def _read_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _read_number(text: str, kind: type[int] | type[float], low: float) -> float:
+def _read_robots(path: str, default: str) -> dict[str, Persona]:
     try:
-        number = kind(text)
-    except ValueError:
-        number = None
-    if number is None or not low <= number < 2**53:
-        raise ValueError(f"must be a number of at least {low}")
-    return number
+        tables = tomllib.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        if path == default:
+            return {}
+        raise ValueError(f"names {path}, which is not there") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"names {path}, which cannot be read: {error}") from None
+    personas, wrong = {}, []
+    for robot, table in tables.items():
+        if not robot.startswith(tim.ROBOT) or not isinstance(table, dict):
+            wrong.append(f'{robot} is not a robot: write ["{tim.ROBOT}…"]')
+            continue
+        known = {item.name for item in fields(Persona)}
+        wrong += [
+            f"{robot} has an unknown key {name}" for name in table if name not in known
+        ]
+        values, faults = _read_all(Persona, table, lambda name: f"{robot}: {name}")  # noqa: B023
+        wrong += [fault.rstrip(".") for fault in faults]
+        personas[robot] = Persona(**values)
+    if wrong:
+        raise ValueError(f"names {path}, where {'; '.join(wrong)}")
+    return personas
 
 
 def _disagreements(values: Mapping[str, Any]) -> list[str]:
@@ -176,6 +271,10 @@ class Overloaded(Exception):
     """More messages wait than MAX_BACKLOG allows."""
 
 
+class Lost(Exception):
+    """Another process has taken the message over."""
+
+
 @dataclass(eq=False)
 class Work:
     """A claim in the hands of a thread of this process."""
@@ -183,16 +282,17 @@ class Work:
     claim: Claim
     message: tim.Message
     call: Call
+    screen: tim.Whole
+    lost: bool = False
 
 
 class Bot:
     """Answers what waits in the store, with a pool of threads that starts on demand."""
 
-    def __init__(
-        self, config: Config, store: Store, im: tim.Client, provider: Provider
-    ) -> None:
-        self.config, self.store, self.im, self.provider = config, store, im, provider
+    def __init__(self, config: Config, store: Store, im: tim.Client) -> None:
+        self.config, self.store, self.im = config, store, im
         self.texts = TEXTS[config.bot_language]
+        self._http = providers.open_session(config.worker_threads)
         self._state = threading.Condition()  # guards what follows
         self._work: set[Work] = set()
         self._threads = self._idle = self._wanted = 0
@@ -205,78 +305,138 @@ class Bot:
         """Begin to answer: first what an earlier process left behind."""
         self._patrol.start()
 
+    def persona(self, robot: str) -> Persona:
+        """Return what is set for a robot."""
+        return self.config.robots.get(robot, NOBODY)
+
+    def provider(self, persona: Persona) -> Provider:
+        """Return the AI service of a persona."""
+        config = self.config
+        name = persona.provider or config.ai_provider
+        same = name == config.ai_provider
+        return Provider(
+            PROVIDERS[name],
+            config.ai_secret_key if same else "",
+            config.ai_base_url if same else "",
+            persona.model or (config.ai_model if same else ""),
+            config.ai_extra_body if same else {},
+            self._http,
+        )
+
     def accept(self, message: tim.Message) -> None:
-        """Store a message and wake a thread for it. Raises StoreError, Overloaded."""
+        """Store a message and wake a thread for it. Raises StoreError, Overloaded.
+
+        A stop and a refusal do not wait behind the answers of their conversation: they
+        stand in a conversation of their own.
+        """
         if self._waiting >= self.config.max_backlog:
             raise Overloaded
         conversation = message.conversation(self.config.group_memory == "member")
-        if self.store.add(message.id, conversation, asdict(message)):
+        stop = message.kind == "stop" or command(message) == "stop"
+        lane = f"{conversation}\tstop" if stop else conversation
+        if refusal := "" if stop else self._refusal(message, conversation):
+            if self.store.count(f"{refusal}\t{message.user}", NOTICE_EVERY) > 1:
+                return
+            lane, message = f"{lane}\tnotice", replace(message, kind=refusal)
+        if self.store.add(message.id, lane, asdict(message)):
             self._waiting += 1
+            if stop:
+                self.store.request_stop(conversation)
+                self._stop_requested()
             self._wake(1)
 
+    def _refusal(self, message: tim.Message, conversation: str) -> str:
+        """Return why a message is not taken, as a key of TEXTS."""
+        users, groups = self.config.allow_users, self.config.allow_groups
+        if users and message.user not in users:
+            return "stranger"
+        if groups and message.group and message.group not in groups:
+            return "stranger"
+        full = self.store.waiting(conversation) >= self.config.max_waiting
+        return "flood" if full else ""
+
     def _wake(self, count: int) -> None:
+        most = self.config.worker_threads
         with self._state:
-            self._wanted = min(self._wanted + count, self.config.worker_threads)
-            missing = min(
-                self._wanted - self._idle, self.config.worker_threads - self._threads
-            )
-            for _ in range(max(0, missing) if not self._closing.is_set() else 0):
+            self._wanted = min(self._wanted + count, most)
+            missing = min(self._wanted - self._idle, most - self._threads)
+            for _ in range(0 if self._closing.is_set() else missing):
                 self._threads += 1
                 threading.Thread(target=self._run, daemon=True).start()
             self._state.notify(count)
 
     def _run(self) -> None:
         """Be a thread of the pool."""
-        while True:
+        while not self._closing.is_set():
             with self._state:
                 self._idle += 1
-                while not self._wanted and not self._closing.is_set():
-                    self._state.wait()
+                self._state.wait_for(lambda: self._wanted or self._closing.is_set())
                 self._idle -= 1
                 self._wanted -= 1
             while claim := self._claim():
                 self._answer(claim)
-            if self._closing.is_set():
-                return
 
     def _claim(self) -> Claim | None:
-        if self._closing.is_set():
-            return None
         try:
-            return self.store.claim()
+            return None if self._closing.is_set() else self.store.claim()
         except StoreError as error:
             self._store_failed(error)
             return None
 
     def _answer(self, claim: Claim) -> None:
         """Answer one message, whatever happens."""
-        call = Call(self.config.ai_timeout)
-        work = Work(claim, tim.Message(**claim.data), call)
-        with self._state:
-            self._work.add(work)
         try:
-            self._ask_and_send(work)
+            work = self._begin(claim)
+            try:
+                self._ask_and_send(work)
+            finally:
+                with self._state:
+                    self._work.discard(work)
+                    self._state.notify_all()
         except tim.IMError as error:
             self._not_sent(claim, error)
         except StoreError as error:  # the claim runs out and somebody goes on
             self._store_failed(error)
+        except Lost:
+            logger.warning("%s is in other hands now", claim.id)
         except Exception:
-            logger.exception("message %s failed", claim.id)
+            logger.exception("%s failed", claim.id)
             self._try_store(self.store.release, claim, 1.0, True)
-        finally:
-            with self._state:
-                self._work.discard(work)
-                self._state.notify_all()
+
+    def _begin(self, claim: Claim) -> Work:
+        data = claim.data | {"images": tuple(claim.data["images"])}
+        message, call = tim.Message(**data), Call(self.config.ai_timeout)
+        mode = self.persona(message.robot).reply_mode or self.config.reply_mode
+        screen = tim.MODES[mode](
+            self.im,
+            message,
+            claim.seq,
+            claim.progress,
+            lambda progress: self._keep(claim, None, progress),
+        )
+        work = Work(claim, message, call, screen)
+        with self._state:
+            self._work.add(work)
+        return work
+
+    def _keep(
+        self, claim: Claim, reply: str | None, progress: Json, remember: bool = True
+    ) -> None:
+        if not self.store.keep(claim, reply, remember, progress):
+            raise Lost
 
     def _ask_and_send(self, work: Work) -> None:
-        claim, began = work.claim, time.monotonic()
+        claim, screen, began = work.claim, work.screen, time.monotonic()
         reply = claim.reply
         if reply is None:
-            reply, remember = self._ask(work)
-            if not self.store.keep(claim, reply, remember):
-                return  # somebody else has the message now
+            reply, remember = self._own_words(work), False
+            if reply is None:
+                screen.open()
+                reply, remember = self._ask(work)
+            self._keep(claim, reply, screen.progress, remember)
         asked = time.monotonic()
-        self.im.send(work.message, reply, claim.seq)
+        if reply:
+            screen.close(reply)
         sent = time.monotonic()
         self.store.finish(claim)
         logger.info(
@@ -286,30 +446,87 @@ class Bot:
             (sent - asked) * 1000,
         )
 
+    def _own_words(self, work: Work) -> str | None:
+        """Return what the bot itself says: "" for nothing, None if the AI is to speak."""
+        message, texts = work.message, self.texts
+        if message.kind == "stop":
+            return ""
+        if message.kind != "question":
+            return texts[message.kind]
+        if name := command(message):
+            if name == "clear":
+                self.store.forget(work.claim.conversation)
+            return texts[name]
+        if most := self.config.rate_limit:
+            if (sent := self.store.count(f"rate\t{message.user}", 60)) > most:
+                return texts["rate"] if sent == most + 1 else ""
+        persona = self.persona(message.robot)
+        if message.images and not self.provider(persona).service.images:
+            return None if message.text else texts["blind"]
+        return None
+
     def _ask(self, work: Work) -> tuple[str, bool]:
         """Return what to answer, and whether it belongs into the memory of the chat."""
+        screen, text, shown = work.screen, "", 0.0
+        provider = self.provider(self.persona(work.message.robot))
+        chunks = provider.chat(self._chat(work, provider), work.call, not screen.gap)
         try:
-            chunks = self.provider.chat(self._chat(work), work.call, whole=True)
-            return providers.joined(chunks), self.config.history_turns > 0
+            for chunk in chunks:
+                text = chunk if isinstance(chunk, Replace) else text + chunk
+                if screen.gap and time.monotonic() - shown >= screen.gap:
+                    screen.grow(text)
+                    shown = time.monotonic()
+            return text, self.config.history_turns > 0
         except ProviderError as error:
-            if error.kind == "stopped":
-                raise StoreError("the claim was lost") from None
-            logger.warning("no answer for %s: %s", work.claim.id, error)
-            return self.texts.get(error.kind, self.texts["busy"]), False
+            if work.lost:
+                raise Lost from None
+            return self._ask_failed(work, error, text), False
 
-    def _chat(self, work: Work) -> list[dict[str, Any]]:
+    def _ask_failed(self, work: Work, error: ProviderError, text: str) -> str:
+        """Return what to show instead of an answer, or after half of one."""
+        if error.kind == "stopped":
+            return (
+                f"{text}\n\n{self.texts['stopped']}" if text else self.texts["stopped"]
+            )
+        logger.warning("no answer for %s: %s", work.claim.id, error)
+        why = self.texts.get(error.kind, self.texts["busy"])
+        if not text:
+            work.screen.progress["failed"] = True
+        return f"{text}\n\n{self.texts['cut'].format(why)}" if text else why
+
+    def _chat(self, work: Work, provider: Provider) -> list[Json]:
         """Return the question as the AI service gets it: prompt, old turns, new one."""
-        turns = [{"role": "user", "content": work.message.text}]
+        message = work.message
+        turns = [{"role": "user", "content": self._question(asdict(message), provider)}]
         room = HISTORY_CHARACTERS
-        history = self.store.history(work.claim.conversation, self.config.history_turns)
-        for data, reply in reversed(history):
-            room -= len(data["text"]) + len(reply)
+        turns_kept = self.config.history_turns
+        for data, reply in reversed(
+            self.store.history(work.claim.conversation, turns_kept)
+        ):
+            asked = self._spoken(data)
+            room -= len(asked) + len(reply)
             if room < 0:
                 break
             turns.append({"role": "assistant", "content": reply})
-            turns.append({"role": "user", "content": data["text"]})
-        turns.append({"role": "system", "content": self.config.ai_system_prompt})
-        return turns[::-1]
+            turns.append({"role": "user", "content": asked})
+        prompt = self.persona(message.robot).system_prompt
+        prompt = prompt or self.config.ai_system_prompt
+        return [*turns, {"role": "system", "content": prompt}][::-1]
+
+    def _spoken(self, data: Json) -> str:
+        """Return a question as a line of the chat; in a group it says who asked."""
+        text = data["text"] or "[image]"
+        shared = data["group"] and self.config.group_memory == "group"
+        return f"{data['user']}: {text}" if shared else str(text)
+
+    def _question(self, data: Json, provider: Provider) -> Any:
+        text = self._spoken(data)
+        if not data["images"] or not provider.service.images:
+            return text
+        pictures = [
+            {"type": "image_url", "image_url": {"url": url}} for url in data["images"]
+        ]
+        return [{"type": "text", "text": text}, *pictures]
 
     def _not_sent(self, claim: Claim, error: tim.IMError) -> None:
         if error.retry:
@@ -319,7 +536,7 @@ class Bot:
         else:
             self._try_store(self.store.set_aside, claim, str(error))
 
-    def _try_store(self, verb: Any, *values: Any) -> None:
+    def _try_store(self, verb: Callable[..., Any], *values: Any) -> None:
         try:
             verb(*values)
         except StoreError as error:
@@ -332,12 +549,14 @@ class Bot:
 
     def _walk(self) -> None:
         """Patrol: renew our claims, and wake threads for what others left behind."""
-        renew_at = 0.0
-        while not self._closing.is_set():
+        round = 0
+        while not self._closing.wait(PATROL if round else 0):
             try:
-                if time.monotonic() >= renew_at:
+                if round % 10 == 0:
                     self._renew()
-                    renew_at = time.monotonic() + RENEWAL
+                if round % 7200 == 0:
+                    self.store.prune(self.config.retention_days * 86400)
+                self._stop_requested()
                 self._waiting = self.store.stats()["waiting"]
                 self._wake(self.store.due(self.config.worker_threads))
                 if self._store_down:
@@ -345,12 +564,23 @@ class Bot:
                 self._store_down = False
             except StoreError as error:
                 self._store_failed(error)
-            self._closing.wait(PATROL)
+            for work in self._at_work():
+                threading.Thread(target=work.screen.nudge, daemon=True).start()
+            round += 1
+
+    def _at_work(self) -> list[Work]:
+        with self._state:
+            return list(self._work)
 
     def _renew(self) -> None:
-        with self._state:
-            works = {work.claim: work for work in self._work}
-        for claim in self.store.renew(works):
+        works = {work.claim: work for work in self._at_work()}
+        for claim in self.store.renew(works) if works else []:
+            works[claim].lost = True
+            works[claim].call.stop()
+
+    def _stop_requested(self) -> None:
+        works = {work.claim: work for work in self._at_work()}
+        for claim in self.store.stops(works) if works else []:
             works[claim].call.stop()
 
     def close(self, drain: float = DRAIN) -> None:
@@ -364,8 +594,14 @@ class Bot:
             left = list(self._work)
         for work in left:
             self._try_store(self.store.release, work.claim, 0.0)
+            work.lost = True
             work.call.stop()
         logger.info("stopped; %d messages were left to others", len(left))
+
+
+def command(message: tim.Message) -> str:
+    """Return which command a message is, or ""."""
+    return COMMANDS.get(message.text.lower(), "") if message.kind == "question" else ""
 
 
 def create_app(config: Config | None = None) -> Flask:
@@ -383,6 +619,7 @@ def create_app(config: Config | None = None) -> Flask:
     )
     # At DEBUG it logs whole URLs, and those of Tencent's REST API hold the UserSig.
     logging.getLogger("urllib3").setLevel(logging.WARNING)
+    nicks = {robot: persona.nick for robot, persona in config.robots.items()}
     bot = _make_bot(config)
     bot.start()
     atexit.register(bot.close)
@@ -393,7 +630,7 @@ def create_app(config: Config | None = None) -> Flask:
     def im() -> tuple[dict[str, Any], int]:
         try:
             _check(config, request.args)
-            for message in _messages(request.args, request.get_data()):
+            for message in _messages(request.args, request.get_data(), nicks):
                 bot.accept(message)
         except BadSignature as error:
             return _refuse(403, str(error))
@@ -431,16 +668,8 @@ def _make_bot(config: Config) -> Bot:
     im = tim.Client(
         config.im_api_url, config.im_sdkappid, config.im_key, config.im_admin
     )
-    provider = Provider(
-        PROVIDERS[config.ai_provider],
-        config.ai_secret_key,
-        config.ai_base_url,
-        config.ai_model,
-        config.ai_extra_body,
-        providers.open_session(config.worker_threads),
-    )
     try:
-        return Bot(config, SQLiteStore(config.database), im, provider)
+        return Bot(config, open_store(config.database, config.redis_url), im)
     except StoreError as error:
         print(f"DATABASE: {error}.", file=sys.stderr)
         sys.exit(3)
@@ -455,7 +684,9 @@ def _check(config: Config, query: Mapping[str, str]) -> None:
         raise BadSignature(403, "SdkAppid is not this server's app")
 
 
-def _messages(query: Mapping[str, str], body: bytes) -> list[tim.Message]:
+def _messages(
+    query: Mapping[str, str], body: bytes, nicks: Mapping[str, str]
+) -> list[tim.Message]:
     """Return the questions in a callback. Raises tim.BadEvent."""
     try:
         event = json.loads(body) if body.strip() else {}
@@ -463,8 +694,8 @@ def _messages(query: Mapping[str, str], body: bytes) -> list[tim.Message]:
         raise tim.BadEvent("the body is not JSON") from None
     if not isinstance(event, dict):
         raise tim.BadEvent("the body is not a JSON object")
-    command = event.get("CallbackCommand") or query.get("CallbackCommand")
-    return tim.parse(str(command), event)
+    name = event.get("CallbackCommand") or query.get("CallbackCommand")
+    return tim.parse(str(name), event, nicks)
 
 
 def _refuse(status: int, why: str) -> tuple[dict[str, Any], int]:

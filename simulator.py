@@ -3,10 +3,10 @@
     python simulator.py                  start it with the bot, hold a conversation
     python simulator.py --say "Hello"    say this instead
 
-The tests and the benchmark use the same stand-in: real HTTP on loopback, signed callbacks,
-REST calls whose fields, types, sizes and UserSigs are checked as strictly as Tencent
-documents them, its error codes and its de-duplication. Nothing that is deployed imports
-this file.
+The tests and the benchmark use the same stand-in: real HTTP on loopback, signed
+callbacks, REST calls whose fields, types, sizes and UserSigs are checked as strictly as
+Tencent documents them, its error codes and its de-duplication. Nothing that is deployed
+imports this file.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ HERE = Path(__file__).parent
 KEY = "5bd2850fff3ecb11d7c805251c51ee463a25727bddc2385f3fa8bfee1bb93b5e"
 C2C_WINDOW, GROUP_WINDOW = 120, 300  # seconds in which Tencent knows a repetition
 LARGEST_MESSAGE = 12 * 1024  # bytes of a MsgBody
+LARGEST_STREAM, STREAM_GAP = 128 * 1024, 15  # bytes; seconds
 
 Json = dict[str, Any]
 
@@ -55,14 +56,40 @@ class Refused(Exception):
 
 @dataclass
 class Delivered:
-    """A message that a robot sent and a user can see."""
+    """A message that a robot sent, as a user sees it now."""
 
     robot: str
     chat: str  # the user, or the group
-    text: str
     number: int  # MsgSeq, by which a client sorts one second
     body: Json = field(repr=False)
-    time: float = field(default_factory=time.time)
+    key: Any = None  # MsgKey, MsgSeq or StreamMsgID, by which it can be changed
+    text: str = ""
+    closed: bool = True  # no more of it is to come
+    failed: bool = False  # it shows an error
+    states: list[str] = field(default_factory=list, repr=False)  # every text shown
+    index: int = 0  # of a stream's last chunk
+    time: float = field(default_factory=time.time)  # of the last change
+
+    def show(self, text: str, closed: bool, failed: bool = False) -> None:
+        """Change what the user sees."""
+        self.text, self.closed, self.failed = text, closed, failed
+        self.states.append(text)
+        self.time = time.time()
+
+    def draw(self, elements: list[Json]) -> None:
+        """Change what the user sees to what the elements say."""
+        texts, closed, failed = [], True, False
+        for element in elements:
+            content = element["MsgContent"]
+            if element["MsgType"] == "TIMTextElem":
+                texts.append(content["Text"])
+                closed = not content["Text"].endswith("…")
+            elif element["MsgType"] == "TIMCustomElem":
+                data = json.loads(content["Data"])
+                failed = data["src"] == 23
+                texts += [data["errorInfo"]] if failed else data["chunks"]
+                closed = bool(data["isFinished"])
+        self.show("".join(texts), closed, failed)
 
 
 U32 = range(2**32)
@@ -85,6 +112,22 @@ FIELDS: dict[str, tuple[Json, Json]] = {
     "group_open_http_svc/send_group_msg": (
         {"GroupId": str, "Random": U32, "MsgBody": list},
         COMMON | {"GroupAtInfo": list, "TopicId": str, "MsgPriority": str},
+    ),
+    "openim/modify_c2c_msg": (
+        {"From_Account": str, "To_Account": str, "MsgKey": str},
+        {"MsgBody": list, "CloudCustomData": str},
+    ),
+    "openim/modify_group_msg": (
+        {"GroupId": str, "MsgSeq": int},
+        {"MsgBody": list, "CloudCustomData": str, "TopicId": str},
+    ),
+    "stream_msg/send_c2c_stream_msg": (
+        {"From_Account": str, "To_Account": str, "MsgRandom": U32, "MsgBody": list},
+        {"SyncOtherMachine": int, "MsgSeq": U32, "CloudCustomData": str},
+    ),
+    "stream_msg/send_group_stream_msg": (
+        {"From_Account": str, "GroupId": str, "MsgRandom": U32, "MsgBody": list},
+        {"TopicId": str, "CloudCustomData": str},
     ),
     "openim_robot_http_svc/create_robot": (
         {"UserID": str},
@@ -112,6 +155,8 @@ class Simulator:
         self.delivered: list[Delivered] = []
         self.calls: list[tuple[str, Json]] = []
         self.ai_requests: list[Json] = []
+        self.ai_ended = 0  # answers of which no more will be sent
+        self.break_after = 0  # chunks, after which an answer breaks off
         self.ai_delay = self.im_delay = self.ai_pace = 0.0  # seconds
         self.ai_answer: Callable[[list[Json]], str] = parrot
         self.fault: Callable[[str, Json], int | str | None] = lambda command, body: None
@@ -126,7 +171,8 @@ class Simulator:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Simulator:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        serve = self._server.serve_forever
+        threading.Thread(target=serve, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -289,6 +335,10 @@ class Simulator:
                     answer = self._sendmsg(body)
                 case "send_group_msg":
                     answer = self._send_group_msg(body)
+                case "modify_c2c_msg" | "modify_group_msg":
+                    answer = self._modify(body)
+                case "send_c2c_stream_msg" | "send_group_stream_msg":
+                    answer = self._stream(body)
                 case "create_robot":
                     answer = self._create_robot(body)
                 case "delete_robot":
@@ -327,8 +377,14 @@ class Simulator:
         return self._once(key, GROUP_WINDOW, answer, body["GroupId"], self._seq, body)
 
     def _check_message(self, body: Json, too_long: int) -> None:
+        self._check_sender(body)
+        self._check_body(body, too_long)
+
+    def _check_sender(self, body: Json) -> None:
         if body.get("From_Account", self.admin) not in {self.admin, *self.robots}:
             raise Refused(90008, "From_Account does not exist")
+
+    def _check_body(self, body: Json, too_long: int) -> None:
         if not body["MsgBody"] or any(
             not isinstance(item, dict) or set(item) != {"MsgType", "MsgContent"}
             for item in body["MsgBody"]
@@ -348,11 +404,52 @@ class Simulator:
         if known and time.time() - known[0] < window:
             return known[1]
         self._sent[key] = (time.time(), answer)
-        text = "".join(
-            str(item["MsgContent"].get("Text", "")) for item in body["MsgBody"]
-        )
+        name = answer.get("StreamMsgID") or answer.get("MsgKey") or number
         robot = body.get("From_Account", self.admin)
-        self.delivered.append(Delivered(robot, chat, text, number, body))
+        message = Delivered(robot, chat, number, body, name)
+        message.draw(body["MsgBody"])
+        self.delivered.append(message)
+        return answer
+
+    def _modify(self, body: Json) -> Json:
+        self._check_body(body, 93000)
+        chat = body.get("GroupId") or body["To_Account"]
+        self._find(chat, body.get("MsgKey") or body["MsgSeq"]).draw(body["MsgBody"])
+        return {}
+
+    def _find(self, chat: str, key: Any) -> Delivered:
+        for message in reversed(self.delivered):
+            if (message.chat, message.key) == (chat, key):
+                return message
+        raise Refused(20022, "no such message")
+
+    def _stream(self, body: Json) -> Json:
+        [element] = body["MsgBody"]
+        content = element["MsgContent"]
+        [chunk] = content["Chunks"]
+        if element["MsgType"] != "TIMStreamElem" or not content["CompatibleText"]:
+            raise Refused(90002, "not a TIMStreamElem with its CompatibleText")
+        if set(chunk) != {"EventType", "Index", "Markdown", "IsLast"}:
+            raise Refused(90002, "not a chunk")
+        chat, answer = body.get("GroupId") or body["To_Account"], {}
+        if "StreamMsgID" not in content:
+            self._check_sender(body)
+            answer = {"StreamMsgID": f"stream-{len(self.delivered)}"}
+            key = (chat, "stream", body["MsgRandom"])
+            number = body.get("MsgSeq", self._seq)
+            answer = self._once(key, C2C_WINDOW, answer, chat, number, body)
+        message = self._find(chat, content.get("StreamMsgID") or answer["StreamMsgID"])
+        if chunk["Index"] == message.index:  # sent again
+            return answer
+        whole = message.text + chunk["Markdown"]
+        late = message.index and time.time() - message.time > STREAM_GAP
+        if late or message.closed and message.index or chunk["Index"] < message.index:
+            message.closed = True
+            raise Refused(10004, "the stream is closed")
+        if len(whole.encode()) > LARGEST_STREAM:
+            raise Refused(93000, "the stream is too long")
+        message.index = chunk["Index"]
+        message.show(whole, chunk["IsLast"])
         return answer
 
     def _create_robot(self, body: Json) -> Json:
@@ -387,6 +484,8 @@ class Simulator:
     def stream(self, text: str) -> Iterator[bytes]:
         """Yield an answer as the AI service streams it."""
         for start in range(0, len(text), 4):
+            if self.break_after and start >= 4 * self.break_after:
+                return
             choice = {"index": 0, "delta": {"content": text[start : start + 4]}}
             yield _event({"object": "chat.completion.chunk", "choices": [choice]})
             time.sleep(self.ai_pace)
@@ -397,7 +496,11 @@ class Simulator:
 def parrot(messages: list[Json]) -> str:
     """Return an answer by which a question can be known, and how much is remembered."""
     asked = [message["content"] for message in messages if message["role"] == "user"]
-    return f"You said: {asked[-1]} (question {len(asked)} of our chat)"
+    last = asked[-1]
+    if isinstance(last, list):  # with pictures
+        pictures = [part["image_url"]["url"] for part in last[1:]]
+        last = " ".join([last[0]["text"], *pictures])
+    return f"You said: {last} (question {len(asked)} of our chat)"
 
 
 def text_body(text: str) -> list[Json]:
@@ -453,11 +556,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            for piece in simulator.stream(answer["text"]):
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-                if simulator.ai_pace:
-                    self.wfile.flush()
-            self.wfile.write(b"0\r\n\r\n")
+            try:
+                for piece in simulator.stream(answer["text"]):
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                    if simulator.ai_pace:
+                        self.wfile.flush()
+                self.wfile.write(b"0\r\n\r\n")
+            finally:
+                simulator.ai_ended += 1
         else:
             message = {"role": "assistant", "content": answer["text"]}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}

@@ -1,17 +1,19 @@
 """Where accepted messages wait, and what is remembered of them.
 
-One row per message serves four needs: its id is the de-duplication, the row itself the
+One record per message serves four needs: its id is the de-duplication, the record the
 durability, its number under one claim per conversation the order, and the text and reply
-of finished rows the memory of the chat. The store is the queue: what waits needs no
+of answered ones the memory of the chat. The store is the queue: what waits needs no
 memory in a process, so a crash loses nothing and another process can go on.
 
-`Store` is the interface and holds the promises; `SQLiteStore` keeps them for the
-processes of one machine. Another store is another class with these verbs: add it to
-STORES in test_botserver.py and the tests tell whether it keeps them.
+`Store` holds the verbs and their promises. `SQLiteStore` keeps them for the processes
+of one machine, `RedisStore` for several machines. Another store is another `_run`, which
+does the step of a verb, as `_SQL` and `_LUA` say it for these two; the tests of the store
+tell whether it keeps the promises.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sqlite3
@@ -19,16 +21,20 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 LEASE = 15.0  # seconds a claim lasts unless it is renewed
 MAX_ATTEMPTS = 3  # claims that may end without a word before a message is set aside
 BUSY_TIMEOUT = 1.5  # seconds to wait for a locked file; Tencent waits 2 for an answer
+REDIS_TIMEOUT = 0.7  # seconds to wait for a connection, and again for an answer
+REMEMBERED = 50  # answered messages of one conversation whose texts Redis keeps
+BATCH = 500  # messages deleted in one step
 
 Data = dict[str, Any]
+Job = tuple[Future[Any], str, Data]  # a verb and its values
 logger = logging.getLogger(__name__)
 
 
@@ -46,14 +52,35 @@ class Claim:
     data: Data  # what was given to add
     token: str  # who holds it
     reply: str | None  # what was given to keep, perhaps by a process now dead
+    progress: Data  # likewise
     accepted: float  # Unix seconds
 
 
-class Store(Protocol):
-    """The promises. Every verb is atomic and may raise StoreError."""
+class Store:
+    """The promises. Every verb is one atomic step and may raise StoreError."""
+
+    def _run(self, verb: str, values: Data) -> Any:
+        """Do the step of a verb; return rows, or how many messages it changed."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+        raise NotImplementedError
+
+    def _do(self, verb: str, **values: Any) -> Any:
+        for name, value in values.items():
+            if isinstance(value, str):  # half a surrogate pair cannot be stored
+                values[name] = value.encode(errors="backslashreplace").decode()
+        return self._run(verb, values)
+
+    def _held(self, verb: str, claim: Claim, **values: Any) -> bool:
+        key = {"id": claim.id, "token": claim.token, "conversation": claim.conversation}
+        return bool(self._do(verb, **key, **values))
 
     def add(self, id: str, conversation: str, data: Data) -> bool:
         """Keep a message on disk; False if this id was added before."""
+        values = {"id": id, "conversation": conversation, "data": json.dumps(data)}
+        return bool(self._do("add", **values))
 
     def claim(self) -> Claim | None:
         """Take the oldest message that is first in a conversation nobody holds.
@@ -61,108 +88,280 @@ class Store(Protocol):
         A claim lasts LEASE seconds. A message whose claims ended MAX_ATTEMPTS times
         without a finish or a release is set aside instead.
         """
+        while rows := self._do("claim", new=uuid.uuid4().hex, lease=LEASE):
+            claim, attempts = _read_claim(*rows[0])
+            if attempts <= MAX_ATTEMPTS:
+                return claim
+            self.set_aside(claim, f"its work was cut short {MAX_ATTEMPTS} times")
+        return None
 
     def renew(self, claims: Iterable[Claim]) -> list[Claim]:
         """Make claims last LEASE seconds from now; return those that were lost."""
+        claims = list(claims)
+        rows = self._do("renew", lease=LEASE, claims=_tokens(claims))
+        held = {token for (token,) in rows}
+        return [claim for claim in claims if claim.token not in held]
 
-    def keep(self, claim: Claim, reply: str, remember: bool = True) -> bool:
-        """Store the reply before it is sent; False if the claim was lost.
+    def keep(
+        self,
+        claim: Claim,
+        reply: str | None,
+        remember: bool = True,
+        progress: Data | None = None,
+    ) -> bool:
+        """Store the reply before it is sent, and how far sending has come; False if
+        the claim was lost. What is None stays as it is.
 
         Without `remember` neither text nor reply outlives the finish.
         """
+        values = {"reply": _dump(reply), "progress": _dump(progress)}
+        return self._held("keep", claim, remember=int(remember), **values)
 
     def finish(self, claim: Claim) -> bool:
         """Mark the message answered and free its conversation; False if it was lost."""
+        return self._held("finish", claim, most=REMEMBERED)
 
     def release(self, claim: Claim, delay: float, failed: bool = False) -> None:
         """Give a message back, to be claimed again in `delay` seconds.
 
         `failed` counts this claim against MAX_ATTEMPTS.
         """
+        self._held("release", claim, delay=delay, back=int(not failed))
 
     def set_aside(self, claim: Claim, reason: str) -> None:
         """Give a message up, until an operator looks, and free its conversation."""
+        if self._held("set_aside", claim, reason=reason):
+            logger.error("message %s set aside: %s", claim.id, reason)
+
+    def failed(self, limit: int = 100) -> list[tuple[str, str, float]]:
+        """Return (id, reason, seconds since) of messages set aside, oldest first."""
+        rows = self._do("failed", limit=limit)
+        return [(id, reason, float(age)) for id, reason, age in rows]
+
+    def retry(self, ids: Iterable[str] | None = None) -> int:
+        """Put messages set aside, all or these, back in their turn; return how many."""
+        return int(self._do("retry", ids=None if ids is None else json.dumps([*ids])))
+
+    def request_stop(self, conversation: str) -> bool:
+        """Mark the message of a conversation that is held now, by whichever process;
+        False if none is."""
+        return bool(self._do("request_stop", conversation=conversation))
+
+    def stops(self, claims: Iterable[Claim]) -> list[Claim]:
+        """Return those of the claims that were marked by request_stop."""
+        claims = list(claims)
+        marked = {token for (token,) in self._do("stops", claims=_tokens(claims))}
+        return [claim for claim in claims if claim.token in marked]
 
     def history(self, conversation: str, limit: int) -> list[tuple[Data, str]]:
-        """Return the last `limit` remembered (data, reply) pairs, oldest first."""
+        """Return the last `limit` remembered (data, reply) pairs, oldest first.
+
+        A store may remember no more than REMEMBERED.
+        """
+        rows = self._do("history", conversation=conversation, limit=max(limit, 0))
+        return [(_load(data), _load(reply)) for data, reply in reversed(rows)]
 
     def forget(self, conversation: str) -> None:
-        """Delete every text of the answered messages of a conversation."""
+        """Delete every text of the answered messages of a conversation, and of those
+        set aside. Their ids stay known."""
+        self._do("forget", conversation=conversation)
+
+    def waiting(self, conversation: str) -> int:
+        """Return how many messages of a conversation are not answered."""
+        return int(self._do("waiting", conversation=conversation)[0][0])
 
     def due(self, limit: int) -> int:
         """Return how many messages could be claimed now, counting up to `limit`."""
+        return int(self._do("due", limit=limit)[0][0])
+
+    def count(self, key: str, seconds: int) -> int:
+        """Count one more event; return how many `key` had in this window of `seconds`,
+        which begins at a multiple of them."""
+        return int(self._do("count", key=key, seconds=seconds)[0][0])
 
     def prune(self, older_than: float) -> int:
         """Delete what ended more than `older_than` seconds ago; return how many."""
+        total = 0
+        while deleted := self._do("prune", age=older_than, most=BATCH):
+            total += deleted
+            time.sleep(0.02)  # so that others get their turn
+        return total
 
     def stats(self) -> dict[str, float]:
         """Return the numbers of `waiting`, `in_work` and `set_aside` messages, and
         `oldest`, the age in seconds of the oldest that is not answered."""
+        [(waiting, in_work, set_aside, oldest)] = self._do("stats")
+        return {
+            "waiting": waiting,
+            "in_work": in_work,
+            "set_aside": set_aside,
+            "oldest": round(max(0.0, float(oldest or 0)), 3),
+        }
 
-    def close(self) -> None:
-        """Let go of files and connections."""
+
+def _dump(value: Any) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def _load(text: str | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError:
+        raise StoreError("the store holds a text that is not JSON") from None
+
+
+def _tokens(claims: Iterable[Claim]) -> str:
+    return json.dumps({claim.id: claim.token for claim in claims})
+
+
+def _read_claim(*row: Any) -> tuple[Claim, int]:
+    seq, id, conversation, data, token, reply, progress, accepted, attempts = row
+    given = _load(data), token, _load(reply), _load(progress) or {}, float(accepted)
+    return Claim(int(seq), id, conversation, *given), int(attempts)
+
+
+def open_store(database: str, redis_url: str = "") -> Store:
+    """Return the store at `redis_url` if there is one, else that in a file."""
+    return RedisStore(redis_url) if redis_url else SQLiteStore(database)
 
 
 # `next` is the first unanswered message of its conversation: it can be claimed once
 # `due` has come. A claim moves `due` to the end of its lease, so a lease that runs out
-# needs no attention. `waiting` messages stand behind it.
+# needs no attention. `waiting` messages stand behind it. `done` ones are remembered, of
+# `gone` ones only the id is left; `failed` ones are set aside.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS message (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     conversation TEXT NOT NULL,
-    data TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('waiting', 'next', 'done', 'failed')),
+    data TEXT,
+    state TEXT NOT NULL DEFAULT 'waiting',
     accepted REAL NOT NULL,
     due REAL NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0,
     token TEXT,
     reply TEXT,
+    progress TEXT,
     remember INTEGER NOT NULL DEFAULT 1,
+    stop INTEGER NOT NULL DEFAULT 0,
     ended REAL,
     reason TEXT
 );
-CREATE INDEX IF NOT EXISTS message_due ON message (due) WHERE state = 'next';
-CREATE INDEX IF NOT EXISTS message_turn ON message (conversation, state, seq);
+CREATE INDEX IF NOT EXISTS message_due ON message (due, token, accepted)
+    WHERE state = 'next';
+CREATE INDEX IF NOT EXISTS message_turn ON message (state, conversation, seq);
 CREATE INDEX IF NOT EXISTS message_ended ON message (ended) WHERE ended IS NOT NULL;
-"""
-
-_ADD = """
-INSERT INTO message (id, conversation, data, state, accepted, due)
-SELECT :id, :conversation, :data,
-    CASE WHEN EXISTS (SELECT 1 FROM message
-        WHERE conversation = :conversation AND state = 'next')
-    THEN 'waiting' ELSE 'next' END,
-    :now, :now
-WHERE true ON CONFLICT (id) DO NOTHING
-"""
-
-_CLAIM = """
-UPDATE message SET token = :token, due = :until, attempts = attempts + 1
-WHERE seq = (SELECT seq FROM message WHERE state = 'next' AND due <= :now
-    ORDER BY due LIMIT 1)
-RETURNING seq, id, conversation, data, token, reply, accepted, attempts
+CREATE TABLE IF NOT EXISTS counter (key TEXT PRIMARY KEY, ends REAL, count INTEGER);
 """
 
 # Every step of a worker names its claim, so a worker that lost it changes nothing.
-_HELD = "WHERE seq = :seq AND token = :token"
+_HELD = "WHERE id = :id AND token = :token"
+_PROMOTE = """UPDATE message SET state = 'next' WHERE seq = (SELECT min(seq)
+    FROM message WHERE state = 'waiting' AND conversation = :conversation)
+    AND NOT EXISTS (SELECT 1 FROM message WHERE state = 'next'
+        AND conversation = :conversation)"""
+_SQL = {
+    "add": (
+        """INSERT INTO message (id, conversation, data, accepted, due)
+        VALUES (:id, :conversation, :data, :now, :now) ON CONFLICT (id) DO NOTHING""",
+        _PROMOTE,
+    ),
+    "claim": (
+        """UPDATE message SET token = :new, due = :now + :lease,
+            attempts = attempts + 1
+        WHERE seq = (SELECT seq FROM message WHERE state = 'next' AND due <= :now
+            ORDER BY due LIMIT 1)
+        RETURNING seq, id, conversation, data, token, reply, progress, accepted,
+            attempts""",
+    ),
+    "renew": (
+        """UPDATE message SET due = :now + :lease WHERE (id, token) IN
+        (SELECT key, value FROM json_each(:claims)) RETURNING token""",
+    ),
+    "keep": (
+        f"""UPDATE message SET reply = ifnull(:reply, reply),
+            remember = iif(:reply IS NULL, remember, :remember),
+            progress = ifnull(:progress, progress) {_HELD}""",
+    ),
+    "finish": (
+        f"""UPDATE message SET token = NULL, progress = NULL, ended = :now,
+            state = iif(remember AND reply IS NOT NULL, 'done', 'gone'),
+            data = iif(remember AND reply IS NOT NULL, data, NULL),
+            reply = iif(remember, reply, NULL) {_HELD}""",
+        _PROMOTE,
+    ),
+    "release": (
+        f"""UPDATE message SET token = NULL, due = :now + :delay,
+            attempts = attempts - :back {_HELD}""",
+    ),
+    "set_aside": (
+        f"""UPDATE message SET state = 'failed', token = NULL, ended = :now,
+            reason = :reason {_HELD}""",
+        _PROMOTE,
+    ),
+    "failed": (
+        """SELECT id, reason, :now - ended FROM message WHERE state = 'failed'
+        ORDER BY seq LIMIT :limit""",
+    ),
+    "retry": (
+        """UPDATE message SET state = 'waiting', due = accepted, attempts = 0, stop = 0,
+            ended = NULL, reason = NULL
+        WHERE state = 'failed'
+            AND (:ids IS NULL OR id IN (SELECT value FROM json_each(:ids)))""",
+        "UPDATE message SET state = 'waiting' WHERE state = 'next' AND token IS NULL",
+        """UPDATE message SET state = 'next' WHERE seq IN (SELECT min(seq) FROM message
+            WHERE state = 'waiting' GROUP BY conversation)
+        AND NOT EXISTS (SELECT 1 FROM message AS head WHERE head.state = 'next'
+            AND head.conversation = message.conversation)""",
+    ),
+    "request_stop": (
+        """UPDATE message SET stop = 1 WHERE state = 'next' AND token IS NOT NULL
+        AND conversation = :conversation""",
+    ),
+    "stops": (
+        """SELECT token FROM message WHERE stop AND (id, token) IN
+        (SELECT key, value FROM json_each(:claims))""",
+    ),
+    "history": (
+        """SELECT data, reply FROM message WHERE state = 'done'
+        AND conversation = :conversation ORDER BY seq DESC LIMIT :limit""",
+    ),
+    "forget": (
+        """UPDATE message SET state = 'gone', data = NULL, reply = NULL,
+            progress = NULL, reason = NULL
+        WHERE state IN ('done', 'failed') AND conversation = :conversation""",
+    ),
+    "waiting": (
+        """SELECT count(*) FROM message WHERE state IN ('waiting', 'next')
+        AND conversation = :conversation""",
+    ),
+    "due": (
+        """SELECT count(*) FROM (SELECT 1 FROM message WHERE state = 'next'
+        AND due <= :now LIMIT :limit)""",
+    ),
+    "count": (
+        """INSERT INTO counter VALUES
+            (:key, (CAST(:now / :seconds AS INTEGER) + 1) * :seconds, 1)
+        ON CONFLICT (key) DO UPDATE SET ends = excluded.ends,
+            count = iif(ends = excluded.ends, count + 1, 1)
+        RETURNING count""",
+    ),
+    "prune": (
+        """DELETE FROM message WHERE seq IN (SELECT seq FROM message
+            WHERE ended < :now - :age ORDER BY ended LIMIT :most)""",
+        "DELETE FROM counter WHERE ends <= :now",
+    ),
+    "stats": (
+        """SELECT waiting + heads - held, held, failed, :now - oldest FROM
+        (SELECT count(*) AS heads, count(token) AS held, min(accepted) AS oldest
+            FROM message WHERE state = 'next'),
+        (SELECT count(*) AS waiting FROM message WHERE state = 'waiting'),
+        (SELECT count(*) AS failed FROM message WHERE state = 'failed')""",
+    ),
+}
 
-_PROMOTE = """
-UPDATE message SET state = 'next' WHERE seq = (SELECT min(seq) FROM message
-    WHERE conversation = :conversation AND state = 'waiting')
-"""
 
-_STATS = """
-SELECT
-    (SELECT count(*) FROM message WHERE state = 'waiting')
-        + (SELECT count(*) FROM message WHERE state = 'next' AND token IS NULL),
-    (SELECT count(*) FROM message WHERE state = 'next' AND token IS NOT NULL),
-    (SELECT count(*) FROM message WHERE state = 'failed'),
-    (SELECT min(accepted) FROM message WHERE state = 'next')
-"""
-
-
-class SQLiteStore:
+class SQLiteStore(Store):
     """Store in one file, for the threads and processes of one machine.
 
     Threads that want to write at the same moment share a transaction: the first commits
@@ -171,7 +370,7 @@ class SQLiteStore:
     """
 
     def __init__(self, path: str) -> None:
-        self._jobs: deque[tuple[Future[Any], Callable[[], Any], bool]] = deque()
+        self._jobs: deque[Job] = deque()
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
         try:
             self._writer, self._reader = self._connect(path), self._connect(path)
@@ -185,170 +384,287 @@ class SQLiteStore:
             path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA secure_delete = FAST")
+        connection.execute("PRAGMA secure_delete = ON")
         return connection
 
-    def _write(self, step: Callable[[], Any], durable: bool = False) -> Any:
+    def _run(self, verb: str, values: Data) -> Any:
+        if _SQL[verb][0].startswith("SELECT"):
+            return self._read(verb, values)
         job: Future[Any] = Future()
-        self._jobs.append((job, step, durable))
+        self._jobs.append((job, verb, values))
         with self._write_lock:
             if not job.done():
-                self._commit([self._jobs.popleft() for _ in range(len(self._jobs))])
+                self._commit(self._take())
         return job.result()
 
-    def _commit(self, jobs: list[tuple[Future[Any], Callable[[], Any], bool]]) -> None:
-        durable = any(durable for _, _, durable in jobs)
+    def _take(self) -> list[Job]:
+        return [self._jobs.popleft() for _ in range(len(self._jobs))]
+
+    def _commit(self, jobs: list[Job]) -> None:
+        durable = any(verb == "add" for _, verb, _ in jobs)
         try:
-            self._writer.execute(
-                f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}"
-            )
+            level = "FULL" if durable else "NORMAL"
+            self._writer.execute(f"PRAGMA synchronous = {level}")
             self._writer.execute("BEGIN IMMEDIATE")
-            results = [step() for _, step, _ in jobs]
+            results = [self._step(verb, values) for _, verb, values in jobs]
             self._writer.execute("COMMIT")
         except Exception as error:
-            self._roll_back()
-            for job, _, _ in jobs:
-                job.set_exception(
-                    StoreError(f"the database cannot be written: {error}")
-                )
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.rollback()
+            why = f"the database cannot be written: {error}"
+            # Those behind waited for the same lock: another wait would be too long.
+            for job, _, _ in jobs + self._take():
+                job.set_exception(StoreError(why))
         else:
             for (job, _, _), result in zip(jobs, results, strict=True):
                 job.set_result(result)
 
-    def _roll_back(self) -> None:
+    def _step(self, verb: str, values: Data) -> Any:
+        values = {**values, "now": time.time()}
+        first, *others = (self._writer.execute(sql, values) for sql in _SQL[verb])
+        return first.fetchall() if first.description else first.rowcount
+
+    def _read(self, verb: str, values: Data) -> list[Any]:
+        if not self._read_lock.acquire(timeout=BUSY_TIMEOUT):
+            raise StoreError("the database cannot be read: it is busy")
         try:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-        except sqlite3.Error:
-            logger.exception("the transaction could not be rolled back")
-
-    def _run(self, sql: str, **values: Any) -> sqlite3.Cursor:
-        return self._writer.execute(sql, values)
-
-    def _read(self, sql: str, **values: Any) -> list[Any]:
-        with self._read_lock:
-            try:
-                return self._reader.execute(sql, values).fetchall()
-            except sqlite3.Error as error:
-                raise StoreError(f"the database cannot be read: {error}") from None
-
-    def add(self, id: str, conversation: str, data: Data) -> bool:
-        row = {"id": id, "conversation": conversation, "data": json.dumps(data)}
-        return bool(
-            self._write(
-                lambda: self._run(_ADD, now=time.time(), **row).rowcount, durable=True
-            )
-        )
+            values = {**values, "now": time.time()}
+            return self._reader.execute(_SQL[verb][0], values).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(f"the database cannot be read: {error}") from None
+        finally:
+            self._read_lock.release()
 
     def claim(self) -> Claim | None:
-        while self.due(1):
-            row = self._write(self._claim)
-            if row is None:
-                break
-            seq, id, conversation, data, token, reply, accepted, attempts = row
-            claim = Claim(
-                seq, id, conversation, json.loads(data), token, reply, accepted
-            )
-            if attempts <= MAX_ATTEMPTS:
-                return claim
-            self.set_aside(claim, f"its work was cut short {MAX_ATTEMPTS} times")
-        return None
-
-    def _claim(self) -> Any:
-        now = time.time()
-        return self._run(
-            _CLAIM, token=uuid.uuid4().hex, now=now, until=now + LEASE
-        ).fetchone()
-
-    def renew(self, claims: Iterable[Claim]) -> list[Claim]:
-        claims = list(claims)
-        until = time.time() + LEASE
-        sql = f"UPDATE message SET due = :until {_HELD}"
-
-        def held(claim: Claim) -> bool:
-            values = {"until": until, "seq": claim.seq, "token": claim.token}
-            return bool(self._run(sql, **values).rowcount)
-
-        lost = self._write(lambda: [claim for claim in claims if not held(claim)])
-        return list(lost)
-
-    def _step(
-        self, claim: Claim, change: str, ends: bool = False, **values: Any
-    ) -> bool:
-        def step() -> bool:
-            held = self._run(
-                f"UPDATE message SET {change} {_HELD}",
-                seq=claim.seq,
-                token=claim.token,
-                now=time.time(),
-                **values,
-            ).rowcount
-            if held and ends:
-                self._run(_PROMOTE, conversation=claim.conversation)
-            return bool(held)
-
-        return bool(self._write(step))
-
-    def keep(self, claim: Claim, reply: str, remember: bool = True) -> bool:
-        change = "reply = :reply, remember = :remember"
-        return self._step(claim, change, reply=reply, remember=remember)
-
-    def finish(self, claim: Claim) -> bool:
-        return self._step(
-            claim,
-            "state = 'done', token = NULL, ended = :now, "
-            "data = iif(remember, data, '{}'), reply = iif(remember, reply, NULL)",
-            ends=True,
-        )
-
-    def release(self, claim: Claim, delay: float, failed: bool = False) -> None:
-        change = "token = NULL, due = :now + :delay, attempts = attempts - :back"
-        self._step(claim, change, delay=delay, back=not failed)
-
-    def set_aside(self, claim: Claim, reason: str) -> None:
-        logger.error("message %s set aside: %s", claim.id, reason)
-        change = "state = 'failed', token = NULL, ended = :now, reason = :reason"
-        self._step(claim, change, ends=True, reason=reason)
-
-    def history(self, conversation: str, limit: int) -> list[tuple[Data, str]]:
-        rows = self._read(
-            "SELECT data, reply FROM message WHERE conversation = :conversation "
-            "AND state = 'done' AND remember ORDER BY seq DESC LIMIT :limit",
-            conversation=conversation,
-            limit=limit,
-        )
-        return [(json.loads(data), reply) for data, reply in reversed(rows)]
-
-    def forget(self, conversation: str) -> None:
-        self._write(
-            lambda: self._run(
-                "UPDATE message SET data = '{}', reply = NULL, remember = 0, "
-                "state = 'done' WHERE conversation = :conversation "
-                "AND state IN ('done', 'failed')",
-                conversation=conversation,
-            )
-        )
-
-    def due(self, limit: int) -> int:
-        sql = "SELECT 1 FROM message WHERE state = 'next' AND due <= :now LIMIT :limit"
-        return len(self._read(sql, now=time.time(), limit=limit))
+        return super().claim() if self.due(1) else None  # looking needs no lock
 
     def prune(self, older_than: float) -> int:
-        sql = "DELETE FROM message WHERE ended < :before"
-        before = time.time() - older_than
-        return int(self._write(lambda: self._run(sql, before=before).rowcount))
-
-    def stats(self) -> dict[str, float]:
-        [(waiting, in_work, set_aside, oldest)] = self._read(_STATS)
-        age = max(0.0, time.time() - oldest) if oldest else 0.0
-        return {
-            "waiting": waiting,
-            "in_work": in_work,
-            "set_aside": set_aside,
-            "oldest": round(age, 3),
-        }
+        total = super().prune(older_than)
+        with self._write_lock, contextlib.suppress(sqlite3.Error):
+            # Deleted texts leave the disk, and the WAL file becomes small again.
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return total
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
             self._writer.close()
             self._reader.close()
+
+
+# A hash per message. `turn`, a sorted set of seqs per conversation, has all that are not
+# answered, `head` says which of them is first. `next` has the heads by due, `held` those
+# with a claim, `open` all by accepted. `ended` keeps the ids, `done` the memory.
+_LUA = """
+local call, verbs, a = redis.call, {}, cjson.decode(ARGV[2])
+local time = call('TIME')
+local now = time[1] + time[2] / 1e6
+local function key(...) return table.concat({KEYS[1], ...}, ':') end
+local NEXT, HELD, OPEN = key('next'), key('held'), key('open')
+local ENDED, FAILED, HEAD = key('ended'), key('failed'), key('head')
+local TURN = key('turn', a.conversation or '')
+local DONE = key('done', a.conversation or '')
+local function message(id) return key('message', id) end
+local function get(id, ...) return call('HMGET', message(id), ...) end
+local function set(id, ...) return call('HSET', message(id), ...) end
+local function held(id, token) return get(id, 'token')[1] == token end
+local function drop(id)
+    call('ZREM', FAILED, id)
+    return call('DEL', message(id))
+end
+local function promote(conversation)
+    local id = call('ZRANGE', key('turn', conversation), 0, 0)[1]
+    if not id then return call('HDEL', HEAD, conversation) end
+    call('HSET', HEAD, conversation, id)
+    call('ZADD', NEXT, get(id, 'accepted')[1], id)
+end
+local function close(id)
+    call('HDEL', message(id), 'token')
+    call('SREM', HELD, id)
+    for _, from in ipairs({TURN, OPEN, NEXT}) do call('ZREM', from, id) end
+    call('ZADD', ENDED, now, id)
+    promote(a.conversation)
+    return 1
+end
+local function each_held(change)
+    local rows = {}
+    for id, token in pairs(cjson.decode(a.claims)) do
+        if held(id, token) and change(id) then table.insert(rows, {token}) end
+    end
+    return rows
+end
+function verbs.add()
+    local known = call('EXISTS', message(a.id)) == 1 or call('ZSCORE', ENDED, a.id)
+    if known then return 0 end
+    local seq = call('INCR', key('seq'))
+    set(a.id, 'seq', seq, 'id', a.id, 'conversation', a.conversation,
+        'data', a.data, 'accepted', now, 'attempts', 0, 'remember', 1)
+    call('ZADD', TURN, seq, a.id)
+    call('ZADD', OPEN, now, a.id)
+    if call('HEXISTS', HEAD, a.conversation) == 0 then promote(a.conversation) end
+    return 1
+end
+function verbs.claim()
+    local id = call('ZRANGEBYSCORE', NEXT, '-inf', now, 'LIMIT', 0, 1)[1]
+    if not id then return {} end
+    call('ZADD', NEXT, now + a.lease, id)
+    call('SADD', HELD, id)
+    call('HINCRBY', message(id), 'attempts', 1)
+    set(id, 'token', a.new)
+    return {get(id, 'seq', 'id', 'conversation', 'data', 'token', 'reply', 'progress',
+        'accepted', 'attempts')}
+end
+function verbs.renew()
+    return each_held(function(id) return call('ZADD', NEXT, now + a.lease, id) end)
+end
+function verbs.keep()
+    if a.reply ~= cjson.null then set(a.id, 'reply', a.reply, 'remember', a.remember) end
+    if a.progress ~= cjson.null then set(a.id, 'progress', a.progress) end
+    return 1
+end
+function verbs.finish()
+    local reply, remember = unpack(get(a.id, 'reply', 'remember'))
+    close(a.id)
+    if not reply or remember == '0' then return drop(a.id) end
+    call('HDEL', message(a.id), 'progress')
+    if call('RPUSH', DONE, a.id) > a.most then drop(call('LPOP', DONE)) end
+    return 1
+end
+function verbs.release()
+    call('HDEL', message(a.id), 'token')
+    call('SREM', HELD, a.id)
+    call('HINCRBY', message(a.id), 'attempts', -a.back)
+    call('ZADD', NEXT, now + a.delay, a.id)
+    return 1
+end
+function verbs.set_aside()
+    set(a.id, 'reason', a.reason)
+    call('ZADD', FAILED, get(a.id, 'seq')[1], a.id)
+    return close(a.id)
+end
+function verbs.failed()
+    local rows = {}
+    for _, id in ipairs(call('ZRANGE', FAILED, 0, a.limit - 1)) do
+        local age = now - call('ZSCORE', ENDED, id)
+        table.insert(rows, {id, get(id, 'reason')[1], tostring(age)})
+    end
+    return rows
+end
+local function reopen(id)
+    local seq, accepted, conversation =
+        unpack(get(id, 'seq', 'accepted', 'conversation'))
+    call('ZREM', ENDED, id)
+    call('HDEL', message(id), 'reason', 'stop')
+    set(id, 'attempts', 0)
+    call('ZADD', key('turn', conversation), seq, id)
+    call('ZADD', OPEN, accepted, id)
+    local head = call('HGET', HEAD, conversation)
+    if head and call('SISMEMBER', HELD, head) == 1 then return end
+    if head then call('ZREM', NEXT, head) end
+    promote(conversation)
+end
+function verbs.retry()
+    local ids, count = a.ids ~= cjson.null and cjson.decode(a.ids), 0
+    for _, id in ipairs(ids or call('ZRANGE', FAILED, 0, -1)) do
+        if call('ZREM', FAILED, id) == 1 then
+            reopen(id)
+            count = count + 1
+        end
+    end
+    return count
+end
+function verbs.request_stop()
+    local id = call('HGET', HEAD, a.conversation)
+    if not id or call('SISMEMBER', HELD, id) == 0 then return 0 end
+    set(id, 'stop', 1)
+    return 1
+end
+function verbs.stops()
+    return each_held(function(id) return get(id, 'stop')[1] end)
+end
+function verbs.history()
+    local rows = {}
+    for i = 1, math.min(a.limit, call('LLEN', DONE)) do
+        table.insert(rows, get(call('LINDEX', DONE, -i), 'data', 'reply'))
+    end
+    return rows
+end
+function verbs.forget()
+    for _, id in ipairs(call('LRANGE', DONE, 0, -1)) do drop(id) end
+    call('DEL', DONE)
+    for _, id in ipairs(call('ZRANGE', FAILED, 0, -1)) do
+        if get(id, 'conversation')[1] == a.conversation then drop(id) end
+    end
+end
+function verbs.waiting() return {{call('ZCARD', TURN)}} end
+function verbs.due()
+    return {{#call('ZRANGEBYSCORE', NEXT, '-inf', now, 'LIMIT', 0, a.limit)}}
+end
+function verbs.count()
+    local window = key('count', math.floor(now / a.seconds), a.key)
+    local count = call('INCR', window)
+    call('EXPIRE', window, a.seconds)
+    return {{count}}
+end
+function verbs.prune()
+    local before = string.format('(%.6f', now - a.age)
+    local ids = call('ZRANGEBYSCORE', ENDED, '-inf', before, 'LIMIT', 0, a.most)
+    for _, id in ipairs(ids) do
+        local conversation = get(id, 'conversation')[1]
+        if conversation then call('LREM', key('done', conversation), 1, id) end
+        drop(id)
+        call('ZREM', ENDED, id)
+    end
+    return #ids
+end
+function verbs.stats()
+    local open, held = call('ZCARD', OPEN), call('SCARD', HELD)
+    local oldest = call('ZRANGE', OPEN, 0, 0, 'WITHSCORES')[2] or now
+    return {{open - held, held, call('ZCARD', FAILED), tostring(now - oldest)}}
+end
+-- When memory is full a script may still write once it has deleted something: so only
+-- add is refused, and what waits can be answered.
+if ARGV[1] ~= 'add' then call('DEL', key('nothing')) end
+if a.token and not held(a.id, a.token) then return 0 end
+return verbs[ARGV[1]]()
+"""
+
+
+class RedisStore(Store):
+    """Store in Redis, for any number of machines. Its clock counts."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            from redis import Redis, RedisError
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError:
+            raise StoreError(
+                "REDIS_URL is set but the package redis is missing: enable the line "
+                "redis>=5,<9 of requirements.txt and install it"
+            ) from None
+        self._errors = (RedisError, OSError, ValueError)
+        try:
+            self._redis: Any = Redis.from_url(
+                url,
+                decode_responses=True,
+                protocol=2,
+                retry=Retry(NoBackoff(), 0),
+                socket_timeout=REDIS_TIMEOUT,
+                socket_connect_timeout=REDIS_TIMEOUT,
+            )
+        except ValueError:  # it may say a part of the password
+            raise StoreError(
+                "REDIS_URL is not like redis://:password@host:6379/0"
+            ) from None
+        self._script = self._redis.register_script(_LUA)
+
+    def _run(self, verb: str, values: Data) -> Any:
+        try:
+            return self._script(keys=["{bot}"], args=[verb, json.dumps(values)])
+        except self._errors as error:
+            # Redis may repeat a command it does not know, with text or password.
+            why = str(error).partition(", with args")[0]
+            raise StoreError(f"Redis cannot be used: {why}") from None
+
+    def close(self) -> None:
+        self._redis.close()

@@ -1,8 +1,9 @@
 """Tencent IM: a callback's JSON becomes Messages, an answer becomes REST calls.
 
-`parse` reads what Tencent sends to us; `Client` sends what we answer. A retry repeats the
-same bytes with the same numbers, so Tencent drops what it already has: whether a call got
-through or not, it is safe to make it again.
+`parse` reads what Tencent sends to us, `Client` speaks to Tencent, and the classes in
+MODES are the ways to show an answer. A retry repeats the same bytes with the same
+numbers, and Tencent drops what it has already: a call whose answer was lost is safe to
+make again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
@@ -32,6 +34,7 @@ SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of 
 PART_BYTES = 9000  # of UTF-8 JSON in one message; Tencent refuses more than 12 KB
 PARTS = 128  # numbers set apart for the parts of one answer
 
+Json = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 # https://www.tencentcloud.com/document/product/1047/34348
@@ -40,6 +43,10 @@ RETRY = frozenset(
     [NETWORK, 10002, 10006, 10023, 20004, 20005, 20018, 20027, 20028, 22006, 60007]
     + [60008, 60011, 60013, 60014, 60018, 60019, 70169, 70500, 80003, 90057, 90992]
     + [90994, 90995, 91000]
+)
+STRANGE = frozenset(
+    ["TIMSoundElem", "TIMFileElem", "TIMVideoFileElem", "TIMFaceElem"]
+    + ["TIMLocationElem", "TIMRelayElem"]
 )
 STALE_SIG = frozenset([20002, 60004, 60005, 70001])
 TOO_LONG = frozenset([80002, 90055, 93000])
@@ -91,6 +98,7 @@ class IMError(Exception):
             + (f" ({meaning})" if meaning else "")
         )
         self.code = code
+        self.unsure = False  # whether an earlier try may have had its effect
 
     @property
     def retry(self) -> bool:
@@ -100,7 +108,7 @@ class IMError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A question to one robot."""
+    """What a user wants of one robot."""
 
     id: str  # unique, and the same however often Tencent delivers the callback
     robot: str
@@ -108,6 +116,8 @@ class Message:
     text: str
     group: str = ""  # empty in a one-to-one chat
     topic: str = ""
+    images: tuple[str, ...] = ()  # URLs
+    kind: str = "question"  # or "stop" (a button), "strange" (a voice, a file, a face)
 
     def conversation(self, per_member: bool = False) -> str:
         """Return the key of the chat: who shares an order and a memory.
@@ -120,11 +130,13 @@ class Message:
         return "\t".join(("group", self.robot, self.group, self.topic, *member))
 
 
-def parse(command: str, event: dict[str, Any]) -> list[Message]:
-    """Return the questions in a callback: none, one, or one for each robot mentioned.
+def parse(
+    command: str, event: Json, nicks: Mapping[str, str] | None = None
+) -> list[Message]:
+    """Return what a callback asks: of nobody, of a robot, or of each robot mentioned.
 
-    Raises BadEvent. Ignored are other callbacks, what robots wrote, what was not
-    delivered, and what holds no text.
+    `nicks` are the robots' names, by which they may be mentioned. Raises BadEvent.
+    Ignored are other callbacks, what robots wrote, and what was not delivered.
     https://www.tencentcloud.com/document/product/1047/68952 (one-to-one)
     https://www.tencentcloud.com/document/product/1047/68953 (group)
     """
@@ -133,20 +145,25 @@ def parse(command: str, event: dict[str, Any]) -> list[Message]:
     user = _name(event, "From_Account")
     if user.startswith(ROBOT) or str(event.get("SendMsgResult", 0)) != "0":
         return []
-    text = _text(event.get("MsgBody"))
+    content = _content(event.get("MsgBody"))
     found = _c2c if command == "Bot.OnC2CMessage" else _group
-    return [message for message in found(event, user, text) if message.text]
+    messages = found(event, user, content, nicks or {})
+    return [m for m in messages if m.text or m.images or m.kind != "question"]
 
 
-def _c2c(event: dict[str, Any], user: str, text: str) -> list[Message]:
+def _c2c(
+    event: Json, user: str, content: Json, nicks: Mapping[str, str]
+) -> list[Message]:
     robot = _name(event, "To_Account")
     if not robot.startswith(ROBOT):
         return []
     numbers = [_number(event, name) for name in ("MsgSeq", "MsgRandom", "MsgTime")]
-    return [Message("\t".join((robot, user, *numbers)), robot, user, text.strip())]
+    return [Message("\t".join((robot, user, *numbers)), robot, user, **content)]
 
 
-def _group(event: dict[str, Any], user: str, text: str) -> list[Message]:
+def _group(
+    event: Json, user: str, content: Json, nicks: Mapping[str, str]
+) -> list[Message]:
     group = _name(event, "GroupId")
     topic = _name(event, "TopicId") if event.get("TopicId") else ""
     numbers = [_number(event, name) for name in ("MsgSeq", "Random", "MsgTime")]
@@ -157,11 +174,11 @@ def _group(event: dict[str, Any], user: str, text: str) -> list[Message]:
         _name({"AtRobots_Account": name}, "AtRobots_Account") for name in mentioned
     ]
     robots = [name for name in dict.fromkeys(robots) if name.startswith(ROBOT)]
-    text = cut_mentions(text, robots)
+    names = [*robots, *(nicks[name] for name in robots if nicks.get(name))]
+    content = content | {"text": cut_mentions(content["text"], names)}
+    content |= {"group": group, "topic": topic}
     return [
-        Message(
-            "\t".join((robot, group, topic, *numbers)), robot, user, text, group, topic
-        )
+        Message("\t".join((robot, group, topic, *numbers)), robot, user, **content)
         for robot in robots
     ]
 
@@ -192,19 +209,55 @@ def _number(event: dict[str, Any], field: str) -> str:
     raise BadEvent(f"{field} is not a number")
 
 
-def _text(body: Any) -> str:
+def _content(body: Any) -> Json:
+    """Return text, images and kind of a MsgBody."""
     if not isinstance(body, list) or not all(isinstance(item, dict) for item in body):
         raise BadEvent("MsgBody is not a list of objects")
-    return "\n".join(
-        _element_text(item) for item in body if item.get("MsgType") == "TIMTextElem"
-    )
+    texts, images, kind = [], [], "question"
+    for element in body:
+        name, content = element.get("MsgType"), element.get("MsgContent")
+        if not isinstance(name, str) or not isinstance(content, dict):
+            raise BadEvent("an element of MsgBody lacks its MsgType or MsgContent")
+        if name == "TIMTextElem":
+            texts.append(_text(content))
+        elif name == "TIMImageElem":
+            images += _image(content)
+        elif name == "TIMCustomElem":
+            kind = "stop" if _presses_stop(content.get("Data")) else kind
+        elif name in STRANGE:
+            kind = "strange"
+    kind = "question" if kind == "strange" and (texts or images) else kind
+    return {"text": "\n".join(texts).strip(), "images": tuple(images), "kind": kind}
 
 
-def _element_text(element: dict[str, Any]) -> str:
-    content = element.get("MsgContent")
-    if not isinstance(content, dict) or not isinstance(content.get("Text"), str):
+def _text(content: Json) -> str:
+    if not isinstance(content.get("Text"), str):
         raise BadEvent("a TIMTextElem has no Text")
     return clean(content["Text"])
+
+
+def _image(content: Json) -> list[str]:
+    """Return the URL of a picture: rather the large one than the original or a thumb."""
+    infos = content.get("ImageInfoArray")
+    infos = (
+        [item for item in infos if isinstance(item, dict)]
+        if type(infos) is list
+        else []
+    )
+    for size in (2, 1, 3):
+        for info in infos:
+            if info.get("Type") == size and isinstance(info.get("URL"), str):
+                return [clean(info["URL"])]
+    return []
+
+
+def _presses_stop(data: Any) -> bool:
+    """Return whether a custom element is the stop button of TUIKit's AI answers."""
+    try:
+        signal = json.loads(data)
+        return bool(signal["chatbotPlugin"] == 2 and signal["src"] == 22)
+    except (TypeError, ValueError, KeyError, IndexError, RecursionError):
+        return False
 
 
 def clean(text: str) -> str:
@@ -212,18 +265,90 @@ def clean(text: str) -> str:
     return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
+def measure(text: str) -> int:
+    """Return the bytes of a text in JSON within JSON, as a custom element holds it."""
+    inner = json.dumps(text, ensure_ascii=False)
+    return len(json.dumps(inner, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+_BREAKS = [
+    re.compile(r"\n\s*\n"),
+    re.compile(r"\n"),
+    re.compile(r"[。！？!?；;]+|\.\s"),
+]
+_BREAKS += [re.compile(r"[，,、\s]")]
+_FENCE = re.compile(r"^ {0,3}(```+|~~~+)[^`\n]*$", re.MULTILINE)
+_TABLE = re.compile(r"(?:^|\n)(\|.*\n\|[ :|-]+\n)(?:\|.*\n)*\Z")
+
+
 def split(text: str, limit: int = PART_BYTES) -> list[str]:
-    """Return the text in parts of at most `limit` bytes of JSON."""
-    parts = [""]
-    size = 0
-    for line in re.findall(r".{1,500}\n?|\n", text):
-        more = len(json.dumps(line, ensure_ascii=False).encode())
-        if size + more > limit:
-            parts.append("")
-            size = 0
-        parts[-1] += line
-        size += more
-    return parts
+    """Return the text in parts of at most `limit` bytes as `measure` counts them.
+
+    It breaks at paragraphs, lines, sentences, words or characters, whichever is found
+    first in the second half of a part. A code block or a table that is cut is closed
+    and opened again; apart from that the parts are the text.
+    """
+    parts, again = [], ""
+    while measure(again + text) > limit:
+        end = _break(text, _fitting(again, text, limit - 20))
+        part, text = again + text[:end], text[end:]
+        closing, again = _reopen(part, limit)
+        parts.append(part + closing)
+    return [*parts, again + text]
+
+
+def _fitting(again: str, text: str, limit: int) -> int:
+    """Return how many characters of the text fit, at least one."""
+    low, high = 1, min(len(text), limit)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if measure(again + text[:middle]) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _break(text: str, end: int) -> int:
+    """Return the best place to cut, at most `end`."""
+    for pattern in _BREAKS:
+        places = [found.end() for found in pattern.finditer(text, end // 2, end)]
+        if places:
+            return places[-1]
+    place = end
+    while place > max(1, end - 200) and not _boundary(text, place):
+        place -= 1
+    return place if _boundary(text, place) else end
+
+
+def _boundary(text: str, place: int) -> bool:
+    """Return whether no grapheme spans this place: emoji, flags, accents, jamo."""
+    before, after = text[place - 1], text[place : place + 1]
+    if not after or unicodedata.category(after)[0] == "M" or before == "\u200d":
+        return not after
+    if after in "\u200d\n" and (after != "\n" or before == "\r"):
+        return False
+    if "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f":
+        return False
+    if "\u1100" <= before <= "\u11ff" and "\u1100" <= after <= "\u11ff":
+        return False
+    flags = re.search("[\U0001f1e6-\U0001f1ff]*$", text[max(0, place - 50) : place])
+    return not (flags and len(flags[0]) % 2 and "\U0001f1e6" <= after <= "\U0001f1ff")
+
+
+def _reopen(part: str, limit: int) -> tuple[str, str]:
+    """Return what closes a code block or table that a part cuts, what reopens it."""
+    fence = ""
+    for found in _FENCE.finditer(part):
+        fence = "" if fence else found[0]
+    closing, again = "", ""
+    if fence:
+        mark = fence.strip()[:3]
+        closing = mark if part.endswith("\n") else f"\n{mark}"
+        again = f"{fence}\n"
+    elif table := _TABLE.search(part):
+        again = table[1]
+    return (closing, again) if measure(again) < limit // 4 else (closing, "")
 
 
 class Client:
@@ -241,31 +366,69 @@ class Client:
         self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._http.mount(url, HTTPAdapter(pool_maxsize=threads))
 
-    def send(self, message: Message, text: str, order: int) -> None:
-        """Answer a message as its robot; `order` grows from answer to answer.
+    def send(
+        self, message: Message, element: Json, order: int, part: int, mention: bool
+    ) -> Json:
+        """Send one element as the robot of `message` and return Tencent's answer.
 
-        Raises IMError.
+        A group message may mention the asker. Raises IMError.
         """
-        for number, part in enumerate(split(text)):
-            seq, chance = numbers(message.id, order, number)
-            self._send_part(message, part, seq, chance)
-
-    def _send_part(self, message: Message, text: str, seq: int, chance: int) -> None:
-        body: dict[str, Any] = {
+        seq, chance = numbers(message.id, order, part)
+        body: Json = {
             "From_Account": message.robot,
-            "MsgBody": [{"MsgType": "TIMTextElem", "MsgContent": {"Text": text}}],
+            "MsgBody": [element],
             "ForbidCallbackControl": [
                 "ForbidBeforeSendMsgCallback",
                 "ForbidAfterSendMsgCallback",
             ],
         }
-        if message.group:
-            topic = {"TopicId": message.topic} if message.topic else {}
-            body |= {"GroupId": message.group, "Random": chance} | topic
-            self.call("group_open_http_svc/send_group_msg", body)
-        else:
+        if not message.group:
             body |= {"To_Account": message.user, "MsgSeq": seq, "MsgRandom": chance}
-            self.call("openim/sendmsg", body | {"SyncOtherMachine": 2})
+            return self.call("openim/sendmsg", body | {"SyncOtherMachine": 2})
+        body |= {"GroupId": message.group, "Random": chance} | _topic(message)
+        if mention:
+            asker = {"GroupAtAllFlag": 0, "GroupAt_Account": message.user}
+            body["GroupAtInfo"] = [asker]
+        return self.call("group_open_http_svc/send_group_msg", body)
+
+    def modify(
+        self,
+        message: Message,
+        key: str | int,
+        element: Json,
+        waits: Sequence[float],
+    ) -> None:
+        """Replace a message that `send` sent; `key` is its MsgKey or MsgSeq."""
+        body: Json = {"MsgBody": [element]}
+        if message.group:
+            body |= {"GroupId": message.group, "MsgSeq": key} | _topic(message)
+            command = "openim/modify_group_msg"
+        else:
+            body |= {"From_Account": message.robot, "To_Account": message.user}
+            body["MsgKey"] = key
+            command = "openim/modify_c2c_msg"
+        self.call(command, body, waits)
+
+    def stream(
+        self, message: Message, content: Json, order: int, waits: Sequence[float]
+    ) -> Json:
+        """Send the first or another chunk of a message that streams.
+
+        https://cloud.tencent.com/document/product/269/128596 (and /128597 for groups)
+        """
+        seq, chance = numbers(message.id, order, 0)
+        body: Json = {
+            "From_Account": message.robot,
+            "MsgRandom": chance,
+            "MsgBody": [{"MsgType": "TIMStreamElem", "MsgContent": content}],
+        }
+        if message.group:
+            body |= {"GroupId": message.group} | _topic(message)
+            command = "stream_msg/send_group_stream_msg"
+        else:
+            body |= {"To_Account": message.user, "MsgSeq": seq, "SyncOtherMachine": 2}
+            command = "stream_msg/send_c2c_stream_msg"
+        return self.call(command, body, waits)
 
     def create_robot(self, userid: str, nick: str = "") -> None:
         """Create a chatbot account; doing it again changes nothing. Raises IMError."""
@@ -277,19 +440,23 @@ class Client:
         body = {"UserID": userid} | ({"Nick": nick} if nick else {})
         self.call("openim_robot_http_svc/create_robot", body)
 
-    def call(self, command: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Make a REST call, again where that may help, and return Tencent's answer.
+    def call(self, command: str, body: Json, waits: Sequence[float] = PAUSES) -> Json:
+        """Make a REST call and return Tencent's answer.
+
+        Where that may help, it is made again after each of `waits` seconds.
 
         Raises IMError. https://www.tencentcloud.com/document/product/1047/34620
         """
         data = json.dumps(body, ensure_ascii=False).encode()
-        pauses = list(PAUSES)
-        renewed = False
+        pauses = list(waits)
+        renewed = unsure = False
         while True:
             sig = self._user_sig()
             try:
                 return self._post(command, data, sig)
             except IMError as error:
+                error.unsure = unsure
+                unsure = unsure or error.code == NETWORK
                 if error.code in STALE_SIG and not renewed:
                     renewed = True
                     self._drop(sig)
@@ -298,7 +465,7 @@ class Client:
                 else:
                     raise
 
-    def _post(self, command: str, data: bytes, sig: str) -> dict[str, Any]:
+    def _post(self, command: str, data: bytes, sig: str) -> Json:
         query: dict[str, str | int] = {
             "sdkappid": self.sdkappid,
             "identifier": self.admin,
@@ -316,13 +483,13 @@ class Client:
                 allow_redirects=False,
             )
         except requests.RequestException as error:
-            # Its text holds the URL, and the URL the UserSig: only its name may be told.
+            # Its text holds the URL with the UserSig: only its name may be told.
             kind = type(error).__name__
             raise IMError(command, NETWORK, f"no answer ({kind})") from None
         return self._verdict(command, response)
 
     @staticmethod
-    def _verdict(command: str, response: requests.Response) -> dict[str, Any]:
+    def _verdict(command: str, response: requests.Response) -> Json:
         try:
             answer = response.json()
             code = int(answer["ErrorCode"])
@@ -349,11 +516,235 @@ class Client:
                 self._renew_at = 0.0
 
 
+def _topic(message: Message) -> Json:
+    return {"TopicId": message.topic} if message.topic else {}
+
+
 def numbers(id: str, order: int, part: int) -> tuple[int, int]:
     """Return (MsgSeq, MsgRandom) of one part of the answer to one message.
 
-    They are the same at every try, by which Tencent knows a repetition, and MsgSeq grows
-    from part to part and from answer to answer, by which clients sort one second.
+    They are the same at every try: so Tencent knows a repetition. MsgSeq grows from
+    part to part and from answer to answer: so clients can sort what one second brings.
     """
     chance = hashlib.sha256(f"{id}\t{part}".encode()).digest()[:4]
     return (order * PARTS + part) % 2**32, int.from_bytes(chance)
+
+
+class Whole:
+    """An answer on the screen: sent when it is complete, in as many parts as it needs.
+
+    The classes below show it while it grows. A fifth way is another class with these
+    methods. Only `close` may raise, and it leaves nothing open: if IM refuses a growing
+    message, the text goes as plain messages.
+    """
+
+    gap = 0.0  # seconds between two calls of grow; 0 if it does not grow
+    limit = PART_BYTES
+
+    def __init__(
+        self,
+        client: Client,
+        message: Message,
+        order: int,
+        progress: Json,
+        save: Callable[[Json], None],
+    ) -> None:
+        self.client, self.message, self.order = client, message, order
+        self.progress = progress  # what an earlier process did, and what we do
+        self._save = save
+        self._mention = f"@{message.user} " if message.group else ""
+
+    def open(self) -> None:
+        """Show that an answer is coming."""
+
+    def grow(self, text: str) -> None:
+        """Show the answer so far."""
+
+    def nudge(self) -> None:
+        """Show a sign of life, where Tencent would else close the message."""
+
+    def close(self, text: str) -> None:
+        """Show the whole answer, marked as complete. Raises IMError.
+
+        If progress has `failed`, the text is not an answer but says why there is none.
+        """
+        self._send_parts(self._split(text), 0)
+
+    def _split(self, text: str) -> list[str]:
+        return split(self._mention + text, self.limit)
+
+    def _send_parts(self, parts: list[str], first: int) -> None:
+        for number in range(max(first, self.progress.get("sent", 0)), len(parts)):
+            element = text_element(parts[number].strip("\n"))
+            mention = bool(self._mention) and number == 0
+            # Number 0 is that of a growing message.
+            self.client.send(self.message, element, self.order, number + 1, mention)
+            if number + 1 < len(parts):
+                self._note(sent=number + 1)
+
+    def _note(self, **progress: Any) -> None:
+        self.progress |= progress
+        self._save(self.progress)
+
+    def _not_growing(self, error: Exception) -> None:
+        logger.warning("%s is not shown growing: %s", self.message.id, error)
+        self.progress["plain"] = True
+
+
+class Modified(Whole):
+    """A message that is edited until it holds the answer, or its first part."""
+
+    gap = 1.0
+
+    def open(self) -> None:
+        if "key" in self.progress:
+            return
+        try:
+            # Always the same, so that after a crash Tencent names the same message.
+            first = self.element("", False)
+            answer = self.client.send(self.message, first, self.order, 0, True)
+            self._note(key=answer["MsgSeq" if self.message.group else "MsgKey"])
+        except (IMError, KeyError) as error:
+            self._not_growing(error)
+
+    def grow(self, text: str) -> None:
+        if "key" in self.progress:
+            try:
+                self._modify(self.element(self._split(text)[0], False), ())
+            except IMError as error:
+                logger.info("%s: an edit failed: %s", self.message.id, error)
+
+    def close(self, text: str) -> None:
+        parts, first = self._split(text), 0
+        if "key" in self.progress:
+            try:
+                self._modify(self.element(parts[0], True), PAUSES)
+                first = 1
+            except IMError as error:
+                if error.retry:
+                    raise
+                self._not_growing(error)
+        self._send_parts(parts, first)
+
+    def _modify(self, element: Json, waits: Sequence[float]) -> None:
+        self.client.modify(self.message, self.progress["key"], element, waits)
+
+    def element(self, text: str, finished: bool) -> Json:
+        """Return the element that shows `text`."""
+        return text_element(text if finished else f"{text}…")
+
+
+class Custom(Modified):
+    """The element that Tencent's TUIKit draws as an AI's answer, with a stop button.
+
+    https://cloud.tencent.com/document/product/269/122036
+    """
+
+    def element(self, text: str, finished: bool) -> Json:
+        data: Json = {"chatbotPlugin": 2, "src": 2, "chunks": [text] if text else []}
+        if "failed" in self.progress:
+            data = {"chatbotPlugin": 2, "src": 23, "errorInfo": text}
+        shown = json.dumps(data | {"isFinished": int(finished)}, ensure_ascii=False)
+        content = {"Data": shown, "Desc": text[:50] or "…"}
+        return {"MsgType": "TIMCustomElem", "MsgContent": content}
+
+
+class Streamed(Whole):
+    """Tencent's own streaming message, to which text can only be added."""
+
+    gap = 0.2
+    limit = 100_000  # bytes; Tencent refuses a stream of 128 KB
+    idle = 8.0  # seconds until a sign of life; Tencent closes a stream after 15
+    old_client = "…"  # what clients show that know no streams
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._lock = threading.Lock()
+        self._said = self.progress.get("said", "")  # and confirmed by Tencent
+        self._pending: str | None = None  # sent, but not confirmed
+        self._index = self.progress.get("index", 0)
+        self._spoke = time.monotonic()
+
+    def open(self) -> None:
+        try:
+            if "key" not in self.progress:
+                self._note(key=self._push("", waits=PAUSES)["StreamMsgID"])
+            elif "said" not in self.progress:
+                # A process died in mid-answer; nobody knows how much it had said.
+                self._index = 100_000
+                self._push("…", last=True)
+                self._not_growing(
+                    InterruptedError("it was begun by a process that died")
+                )
+        except IMError as error:
+            self._not_growing(error)
+
+    def grow(self, text: str) -> None:
+        self._try_push(self._split(text)[0])
+
+    def nudge(self) -> None:
+        if time.monotonic() - self._spoke > self.idle:
+            self._try_push(self._said, empty=True)
+
+    def _try_push(self, text: str, empty: bool = False) -> None:
+        with self._lock:
+            if "plain" in self.progress or not text.startswith(self._said):
+                return
+            try:
+                if self._pending is not None:
+                    self._push(self._pending)
+                elif empty or text != self._said:
+                    self._push(text[len(self._said) :])
+            except IMError as error:
+                if not error.retry:
+                    self._not_growing(error)
+
+    def close(self, text: str) -> None:
+        parts = self._split(text)
+        with self._lock:
+            complete = False
+            if "key" in self.progress and "plain" not in self.progress:
+                self._note(said=self._said, index=self._index)
+                complete = self._complete(parts[0])
+        if complete:
+            return self._send_parts(parts, 1)
+        # What the stream does not show goes as plain messages.
+        text = "".join(parts)
+        known = len(self._said) if text.startswith(self._said) else 0
+        self._send_parts(split(text[known:]), 0)
+
+    def _complete(self, text: str) -> bool:
+        """Say the rest and close the stream; False if that cannot be done."""
+        try:
+            if self._pending is not None:
+                self._push(self._pending, waits=PAUSES)
+            fits = text.startswith(self._said)
+            rest = text[len(self._said) :] if fits else " …"
+            self._push(rest, last=True, waits=PAUSES)
+            return fits
+        except IMError as error:
+            if error.retry:
+                raise
+            self._not_growing(error)
+            return error.unsure  # then an earlier try has closed it
+
+    def _push(self, text: str, last: bool = False, waits: Sequence[float] = ()) -> Json:
+        if self._pending is None:
+            self._index += 1
+        self._pending, self._spoke = text, time.monotonic()
+        chunk = {"EventType": "data", "Index": self._index}
+        chunk |= {"Markdown": text, "IsLast": last}
+        content: Json = {"CompatibleText": self.old_client, "Chunks": [chunk]}
+        if "key" in self.progress:
+            content["StreamMsgID"] = self.progress["key"]
+        answer = self.client.stream(self.message, content, self.order, waits)
+        self._said, self._pending = self._said + text, None
+        return answer
+
+
+MODES = {"whole": Whole, "modify": Modified, "custom": Custom, "stream": Streamed}
+
+
+def text_element(text: str) -> Json:
+    """Return the element of a plain text."""
+    return {"MsgType": "TIMTextElem", "MsgContent": {"Text": text}}

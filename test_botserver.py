@@ -1,0 +1,994 @@
+"""The tests: every promise of the README, on a stand-in for Tencent IM and the AI.
+
+pytest                  all of them
+pytest -k signature     those whose name says signature
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import responses
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tim
+import usersig
+from botserver import TEXTS, Config, ConfigError, create_app
+from simulator import KEY, BotProcess, Simulator, running, text_body
+
+APPID, TOKEN = 1400000000, "stand-in-token"
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def sim():
+    with Simulator() as simulator:
+        yield simulator
+
+
+@pytest.fixture
+def make_app(sim, tmp_path):
+    """Return a function that makes an app of the simulator's, with other settings."""
+    bots = []
+
+    def make(**settings):
+        defaults = {
+            "im_sdkappid": APPID,
+            "im_key": KEY,
+            "im_callback_token": (TOKEN,),
+            "im_api_url": sim.url,
+            "ai_secret_key": sim.ai_key,
+            "ai_base_url": f"{sim.url}/v1",
+            "database": str(tmp_path / "bot.db"),
+        }
+        app = create_app(Config(**{**defaults, **settings}))
+        bots.append(app.extensions["bot"])
+        return app
+
+    yield make
+    for bot in bots:
+        bot.close(drain=5)
+
+
+@pytest.fixture
+def im(sim, make_app):
+    return Caller(sim, make_app().test_client())
+
+
+class Caller:
+    """Tencent's side of the callback, through Flask's test client."""
+
+    def __init__(self, sim, client):
+        self.sim, self.client = sim, client
+
+    def post(self, event, body=None, **query):
+        signed = {**self.sim.signed(event), **query}
+        data = json.dumps(event) if body is None else body
+        return self.client.post("/im", query_string=signed, data=data)
+
+    def say(self, text="hi", user="jared", robot="@RBT#001", **fields):
+        return self.post(self.sim.say(user, robot, text, **fields))
+
+
+def test_usersig_agrees_with_tencents_library():
+    sig = usersig.gen_user_sig(APPID, KEY, "xiaojun", 15552000, now=1700000000)
+    fields = usersig.check_user_sig(KEY, sig, now=1700000000)
+    assert fields == {
+        "TLS.ver": "2.0",
+        "TLS.identifier": "xiaojun",
+        "TLS.sdkappid": APPID,
+        "TLS.expire": 15552000,
+        "TLS.time": 1700000000,
+        "TLS.sig": "LvA7d/Iw7gSsnskvVzBDPOCCDbuNCw4GHwTC0bip+B4=",
+    }
+
+
+@pytest.mark.parametrize(
+    "made_by_tencent",
+    [
+        # Python: https://github.com/tencentyun/tls-sig-api-v2-python
+        "eJyrVgrxCdYrSy1SslJQMtIzUNJRAItkpqTmlWSmZUIkKjIT87NK82CSxSnZiQUFmSlAKUMTAyiA"
+        "yqVWFGQWpYJkTE1NjRDiJZm5YFFzNPXFmekgG3zKHM1T9D3LzdODi-OKs8vCqpxcAvydnV2SSv2c"
+        "y03cPcpDnA2SMgu0nUxslWoBHdYzUg__",
+        # Node: https://github.com/tencentyun/tls-sig-api-v2-node
+        "eJyrVgrxCdYrSy1SslIy0jNQ0gHzM1NS80oy0zLBwhWZiflZpXlQqeKU7MSCgswUJStDEwMogMiU"
+        "ZOamKlkZmqOKplYUZBaBxE1NTY3gosWZ6UpWSj5ljuYp*p7l5unBxXnF2WVhVU4uAf7Ozi5JpX7O"
+        "5SbuHuUhzgZJmQXaTia2SrUAohcx8g__",
+    ],
+)
+def test_usersig_of_tencents_libraries_is_accepted(made_by_tencent):
+    fields = usersig.check_user_sig(KEY, made_by_tencent, now=1700000000)
+    assert fields["TLS.identifier"] == "xiaojun"
+
+
+@pytest.mark.parametrize(
+    ("sig", "now", "code"),
+    [
+        ("", 1700000000, 70003),
+        ("eJyr", 1700000000, 70003),
+        ("not base64 é", 1700000000, 70003),
+        (usersig.gen_user_sig(APPID, KEY, "a", 60, 1700000000)[:80], 0, 70003),
+        (usersig.gen_user_sig(APPID, "other", "a", 60, 1700000000), 1700000000, 70009),
+        (usersig.gen_user_sig(APPID, KEY, "a", 60, 1700000000), 1700000061, 70001),
+    ],
+)
+def test_a_bad_usersig_is_refused_with_tencents_code(sig, now, code):
+    with pytest.raises(usersig.BadSignature) as caught:
+        usersig.check_user_sig(KEY, sig, now)
+    assert caught.value.code == code
+
+
+def test_callback_signature_agrees_with_tencents_example():
+    # https://www.tencentcloud.com/document/product/1047/34354
+    sign = "17773bc39a671d7b9aa835458704d2a6db81360a5940292b587d6d760d484061"
+    assert usersig.sign_callback("xxxxyyyy", "1669872112") == sign
+    usersig.check_callback(["xxxxyyyy"], sign, "1669872112", now=1669872112)
+    usersig.check_callback(["new", "xxxxyyyy"], sign.upper(), "1669872112", 1669872171)
+
+
+@pytest.mark.parametrize(
+    "request_time", ["1669872051", "1669872173", "", "x", "１", "-1"]
+)
+def test_a_stale_or_strange_request_time_is_refused(request_time):
+    sign = usersig.sign_callback("token", request_time)
+    with pytest.raises(usersig.BadSignature):
+        usersig.check_callback(["token"], sign, request_time, now=1669872112)
+
+
+def test_a_question_is_answered_one_to_one(im):
+    assert im.say("hello").get_json() == {
+        "ActionStatus": "OK",
+        "ErrorInfo": "",
+        "ErrorCode": 0,
+    }
+    [answer] = im.sim.wait(1)
+    assert (answer.robot, answer.chat) == ("@RBT#001", "jared")
+    assert answer.text == "You said: hello (question 1 of our chat)"
+
+
+def test_the_chat_is_remembered_and_thinking_is_not(im):
+    im.sim.ai_answer = lambda messages: f"<think>hm</think>answer {len(messages)}"
+    for number in range(1, 4):
+        im.say(f"question {number}")
+        im.sim.wait(number)
+    turns = [(m["role"], m["content"]) for m in im.sim.ai_requests[-1]["messages"]]
+    assert turns[1:] == [
+        ("user", "question 1"),
+        ("assistant", "answer 2"),
+        ("user", "question 2"),
+        ("assistant", "answer 4"),
+        ("user", "question 3"),
+    ]
+
+
+def test_every_robot_mentioned_in_a_group_answers_without_the_mentions(im):
+    robots = ["@RBT#001", "@RBT#002", "@RBT#001"]
+    event = im.sim.say_in_group("jared", "@TGS#demo", "you two?", robots)
+    im.post(event)
+    answers = im.sim.wait(2)
+    assert {answer.robot for answer in answers} == {"@RBT#001", "@RBT#002"}
+    assert {answer.chat for answer in answers} == {"@TGS#demo"}
+    for answer in answers:
+        assert answer.text.startswith("@jared You said: jared: you two? (")
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("@@RBT#001 hello", "hello"),
+        ("hello @@rbt#001", "hello"),
+        ("＠@RBT#001 你好", "你好"),
+        ("@@RBT#001你好", "你好"),
+        ("@@RBT#0011 hello", "@@RBT#0011 hello"),
+        ("@Robot\u2005hello @@RBT#001 there", "hello there"),
+        ("mail robot@example.com", "mail robot@example.com"),
+    ],
+)
+def test_mentions_are_cut_from_the_text(text, cut):
+    assert tim.cut_mentions(text, ["@RBT#001", "Robot"]) == cut
+
+
+def test_several_text_elements_are_one_question(im):
+    im.say(MsgBody=text_body("one") + [FACE] + text_body("two"))
+    assert im.sim.wait(1)[0].text.startswith("You said: one\ntwo (")
+
+
+FACE = {"MsgType": "TIMFaceElem", "MsgContent": {"Index": 1, "Data": "x"}}
+TYPING = json.dumps({"businessID": "user_typing_status", "typingStatus": 1})
+NO_QUESTIONS = {
+    "from a robot": {"From_Account": "@RBT#002"},
+    "not delivered": {"SendMsgResult": 20006},
+    "not delivered, as text": {"SendMsgResult": "20006"},
+    "not to a robot": {"To_Account": "lin"},
+    "typing": {
+        "MsgBody": [{"MsgType": "TIMCustomElem", "MsgContent": {"Data": TYPING}}]
+    },
+    "no text": {"MsgBody": text_body("  ")},
+    "unknown command": {"CallbackCommand": "Profile.CallbackPortraitSet"},
+    "a before callback": {"CallbackCommand": "C2C.CallbackBeforeSendMsg"},
+    "the same message's other callback": {
+        "CallbackCommand": "C2C.CallbackAfterSendMsg"
+    },
+}
+
+
+@pytest.mark.parametrize("fields", NO_QUESTIONS.values(), ids=NO_QUESTIONS)
+def test_what_is_no_question_is_acknowledged_and_left(im, fields):
+    answer = im.say("hi", **fields)
+    assert (answer.status_code, answer.get_json()["ErrorCode"]) == (200, 0)
+    assert answer.get_json()["ActionStatus"] == "OK"
+    im.say("a question after it")
+    assert "a question after it" in im.sim.wait(1)[0].text
+    assert len(im.sim.ai_requests) == 1
+
+
+def test_the_consoles_probe_is_acknowledged(im):
+    query = im.sim.signed({"CallbackCommand": "State.StateChange"})
+    del query["SdkAppid"]
+    for body in ("", "{}"):
+        answer = im.client.post("/im", query_string=query, data=body)
+        assert (answer.status_code, answer.get_json()["ErrorCode"]) == (200, 0)
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ({"Sign": "0" * 64}, 403),
+        ({"Sign": ""}, 403),
+        ({"Sign": "é"}, 403),
+        ({"RequestTime": "1669872112"}, 403),
+        ({"SdkAppid": "1400000001"}, 403),
+        ({"age": 61}, 403),
+        ({"age": -62}, 403),
+        ({"age": 50}, 200),
+    ],
+)
+def test_a_forged_or_stale_callback_is_refused(im, query, status):
+    if age := query.get("age"):
+        then = str(int(time.time()) - age)
+        query = {"RequestTime": then, "Sign": usersig.sign_callback(TOKEN, then)}
+    answer = im.post(im.sim.say("jared", "@RBT#001", "hi"), **query)
+    assert answer.status_code == status
+    assert (answer.get_json()["ActionStatus"] == "OK") == (status == 200)
+    assert status == 200 or answer.get_json()["ErrorInfo"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"x" * (2 << 20), 413),
+        (b"not JSON", 400),
+        (b"[1, 2]", 400),
+        (b'"text"', 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 100_000, 400),
+        (b'{"a": ' + b"9" * 5000 + b"}", 400),
+    ],
+)
+def test_a_body_that_is_no_callback_is_refused(im, body, status):
+    event = im.sim.say("jared", "@RBT#001", "hi")
+    answer = im.post(event, body=body)
+    assert answer.status_code == status
+    assert answer.get_json()["ActionStatus"] == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("From_Account", None),
+        ("From_Account", ["jared"]),
+        ("From_Account", "a\tb"),
+        ("From_Account", "\ud800"),
+        ("From_Account", "x" * 2000),
+        ("To_Account", 5),
+        ("MsgSeq", None),
+        ("MsgRandom", True),
+        ("MsgTime", {"a": 1}),
+        ("MsgBody", "text"),
+        ("MsgBody", [1]),
+        ("MsgBody", [{"MsgType": "TIMTextElem"}]),
+        ("MsgBody", [{"MsgType": "TIMTextElem", "MsgContent": {"Text": 5}}]),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named(im, field, value):
+    answer = im.say(**{field: value})
+    assert answer.status_code == 400
+    info = answer.get_json()["ErrorInfo"]
+    assert field in info or "TIMTextElem" in info
+
+
+def test_other_methods_and_paths_are_refused_in_tencents_shape(im):
+    assert im.client.get("/im").status_code == 405
+    assert im.client.post("/").status_code == 404
+    assert im.client.get("/im").get_json()["ActionStatus"] == "FAIL"
+
+
+def test_a_redelivered_callback_is_answered_once(im):
+    event = im.sim.say("jared", "@RBT#001", "once")
+    for _ in range(3):
+        assert im.post(event).status_code == 200
+    im.say("afterwards")
+    assert [m.text[:14] for m in im.sim.wait(2)] == ["You said: once", "You said: afte"]
+
+
+def test_strange_text_arrives(im):
+    im.say("\ud83d \0 \u2028 😀")
+    assert im.sim.wait(1)[0].text.startswith("You said: ?  \u2028 😀 (")
+
+
+def test_unsigned_callbacks_are_accepted_only_if_allowed(make_app, sim):
+    client = make_app(im_callback_token=(), allow_unsigned=True).test_client()
+    event = sim.say("jared", "@RBT#001", "hi")
+    assert client.post("/im", json=event).status_code == 200
+    sim.wait(1)
+
+
+def test_tokens_can_be_rotated(make_app, sim):
+    caller = Caller(sim, make_app(im_callback_token=("new", TOKEN)).test_client())
+    assert caller.say("old token").status_code == 200
+    sim.token = "new"
+    assert caller.say("new token").status_code == 200
+
+
+def test_the_acknowledgement_does_not_wait_for_the_ai(im):
+    im.sim.ai_delay = 5
+    began = time.monotonic()
+    assert im.say("slow").status_code == 200
+    assert time.monotonic() - began < 1
+    poll(lambda: im.sim.ai_requests)
+    assert not im.sim.delivered
+    assert im.sim.wait(1)[0].text.startswith("You said: slow")
+    assert time.monotonic() - began >= 5
+
+
+def test_one_conversation_waits_and_others_do_not(im):
+    im.sim.ai_delay = 1
+    began = time.monotonic()
+    for user in ("jared", "lin"):
+        for number in range(2):
+            im.say(f"{user} {number}", user=user)
+    texts = [m.text.split(" (")[0][10:] for m in im.sim.wait(4)]
+    assert 2 <= time.monotonic() - began < 3.5
+    assert [text for text in texts if "jared" in text] == ["jared 0", "jared 1"]
+    assert [text for text in texts if "lin" in text] == ["lin 0", "lin 1"]
+
+
+def test_the_user_is_told_when_the_ai_fails_and_the_memory_is_not_spoilt(im):
+    error = {"type": "error", "error": {"type": "x", "message": "balance (1008)"}}
+    im.sim.ai_fault = lambda asked: (402, error)
+    im.say("first")
+    assert "额度" in im.sim.wait(1)[0].text
+    im.sim.ai_fault = lambda asked: None
+    im.say("second")
+    assert im.sim.wait(2)[1].text == "You said: second (question 1 of our chat)"
+
+
+@pytest.mark.parametrize("fault", ["lost", "late", 60007, 91000])
+def test_a_failed_rest_call_is_repeated_and_shown_once(im, fault):
+    faults = [fault, fault]
+    im.sim.fault = lambda command, body: faults.pop() if faults else None
+    im.say("hello")
+    poll(lambda: not faults and im.client.get("/healthz").get_json()["in_work"] == 0)
+    assert len(im.sim.wait(1)) == 1
+    tries = [body for command, body in im.sim.calls if command == "openim/sendmsg"]
+    assert len(tries) == 3
+    assert tries[0] == tries[1] == tries[2]
+
+
+def test_an_answer_outlives_a_longer_failure_of_im(im):
+    faults = [20004] * 4
+    im.sim.fault = lambda command, body: faults.pop() if faults else None
+    im.say("hello")
+    assert im.sim.wait(1)[0].text == "You said: hello (question 1 of our chat)"
+    assert len(im.sim.ai_requests) == 1  # the kept answer was sent, not a new one
+
+
+def test_a_final_error_of_im_sets_the_message_aside(im, caplog):
+    im.sim.fault = lambda command, body: 20003
+    im.say("hello")
+    poll(lambda: im.client.get("/healthz").get_json()["set_aside"] == 1)
+    assert "20003" in caplog.text and "does not exist" in caplog.text
+    im.sim.fault = lambda command, body: None
+    im.say("next")
+    assert im.sim.wait(1)[0].text.startswith("You said: next")
+
+
+def test_a_usersig_that_expired_is_made_anew_once(sim):
+    client = tim.Client(sim.url, APPID, KEY, "administrator")
+    client._sig = usersig.gen_user_sig(APPID, KEY, "administrator", 1, now=1700000000)
+    client._renew_at = time.time() + 1000
+    client.create_robot("@RBT#009")
+    assert "@RBT#009" in sim.robots
+
+
+@responses.activate
+def test_a_wrong_key_is_not_tried_again():
+    url = "https://console.tim.qq.com/v4/openim/sendmsg"
+    refusal = {"ActionStatus": "FAIL", "ErrorCode": 70009, "ErrorInfo": "sig verify"}
+    responses.post(url, json=refusal)
+    client = tim.Client("https://console.tim.qq.com", APPID, "wrong", "administrator")
+    with pytest.raises(tim.IMError, match="70009.*IM_KEY is not the key") as caught:
+        message = tim.Message("id", "@RBT#001", "jared", "hi")
+        client.send(message, text_body("hello")[0], 7, 0, True)
+    assert not caught.value.retry
+    [call] = responses.calls
+    assert json.loads(call.request.body) == {
+        "From_Account": "@RBT#001",
+        "To_Account": "jared",
+        "SyncOtherMachine": 2,
+        "MsgSeq": 7 * tim.PARTS,
+        "MsgRandom": tim.numbers("id", 7, 0)[1],
+        "MsgBody": text_body("hello"),
+        "ForbidCallbackControl": [
+            "ForbidBeforeSendMsgCallback",
+            "ForbidAfterSendMsgCallback",
+        ],
+    }
+    query = call.request.params
+    assert query["contenttype"] == "json" and query["identifier"] == "administrator"
+
+
+def test_create_robot_makes_one_that_can_be_written_to(im):
+    client = tim.Client(im.sim.url, APPID, KEY, "administrator")
+    client.create_robot("@RBT#new", "Newcomer")
+    robots = dict(im.sim.robots)
+    client.create_robot("@RBT#new", "Newcomer")
+    assert im.sim.robots == robots
+    im.say("welcome", robot="@RBT#new")
+    assert im.sim.wait(1)[0].robot == "@RBT#new"
+
+
+def test_create_robot_refuses_a_name_that_is_no_robots(sim, tmp_path):
+    bot = BotProcess(sim, str(tmp_path))
+    command = [sys.executable, "-m", "flask", "--app", "botserver", "create-robot"]
+    done = subprocess.run(
+        [*command, "@RBT#cli"], cwd=HERE, env=bot.env, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "@RBT#cli" in sim.robots, done.stderr
+    done = subprocess.run(
+        [*command, "robot"], cwd=HERE, env=bot.env, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "must start with @RBT#" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_stand_in_checks_what_it_is_sent(sim):
+    client = tim.Client(sim.url, APPID, KEY, "administrator")
+    for body, code in [
+        ({"To_Account": "jared", "MsgBody": text_body("x")}, 10004),
+        ({"To_Account": "jared", "MsgRandom": "1", "MsgBody": text_body("x")}, 10004),
+        ({"To_Account": "nobody", "MsgRandom": 1, "MsgBody": text_body("x")}, 90012),
+        ({"To_Account": "jared", "MsgRandom": 1, "MsgBody": []}, 90002),
+        (
+            {"To_Account": "jared", "MsgRandom": 1, "MsgBody": text_body("好" * 5000)},
+            93000,
+        ),
+        ({"To_Account": "jared", "MsgRandom": 1, "MsgBody": [], "Extra": 1}, 10004),
+    ]:
+        with pytest.raises(tim.IMError) as caught:
+            client.call("openim/sendmsg", body)
+        assert caught.value.code == code
+    for settings, code in [
+        ((APPID, "wrong key", "administrator"), 70009),
+        ((APPID + 1, KEY, "administrator"), 70020),
+        ((APPID, KEY, "jared"), 60010),
+    ]:
+        with pytest.raises(tim.IMError) as caught:
+            tim.Client(sim.url, *settings).create_robot("@RBT#x")
+        assert caught.value.code == code
+
+
+def test_every_missing_or_wrong_setting_is_named_at_once():
+    env = {
+        "IM_SDKAPPID": "abc",
+        "IM_KEY": " ",
+        "AI_PROVIDER": "nobody",
+        "WORKER_THREADS": "0",
+        "AI_TIMEOUT": "nan",
+        "AI_EXTRA_BODY": "[1]",
+        "GROUP_MEMORY": "all",
+        "IM_API_URL": "console.tim.qq.com",
+    }
+    with pytest.raises(ConfigError) as caught:
+        Config.from_env(env)
+    for name in (*env, "IM_CALLBACK_TOKEN"):
+        assert name in str(caught.value)
+    assert "minimax" in str(caught.value)  # the names that would be right
+    with pytest.raises(ConfigError, match="AI_SECRET_KEY is missing"):
+        Config.from_env({"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"})
+
+
+def test_settings_are_read_and_secrets_are_not_shown():
+    config = Config.from_env(
+        {
+            "IM_SDKAPPID": "1400000000",
+            "IM_KEY": "the key\n",
+            "IM_CALLBACK_TOKEN": "one, two",
+            "AI_SECRET_KEY": "the ai key",
+            "AI_MODEL": "",
+            "AI_EXTRA_BODY": '{"temperature": 0.5}',
+        }
+    )
+    assert config.im_key == "the key"
+    assert config.im_callback_token == ("one", "two")
+    assert config.ai_extra_body == {"temperature": 0.5}
+    assert config.ai_timeout == 60
+    for secret in ("the key", "the ai key", "one"):
+        assert secret not in repr(config)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"IM_KEY": "", "AI_TIMEOUT": "x"}, {"DATABASE": "/"}]
+)
+def test_a_wrong_setting_stops_the_start(sim, tmp_path, settings):
+    bot = BotProcess(sim, str(tmp_path), **settings).launch()
+    assert bot.process.wait(20) != 0
+    log = bot.log.read_text()
+    assert all(name in log for name in settings)
+    assert "Traceback" not in log
+
+
+STORY = "".join(
+    f"第{number}句话，很短。 It is short. 😀\n\n" for number in range(40)
+).strip()
+
+
+@pytest.mark.parametrize("place", ["one-to-one", "group"])
+@pytest.mark.parametrize("mode", tim.MODES)
+def test_every_mode_ends_closed_and_true_while_im_fails(sim, make_app, mode, place):
+    """A twentieth of the REST calls fails, in every way."""
+    client = make_app(reply_mode=mode, rate_limit=0).test_client()
+    im, chance = Caller(sim, client), random.Random(f"{mode} {place}")
+    faults = ["lost", "late", 60007, 91000, 20028, 10002]
+    sim.fault = lambda command, body: (
+        chance.choice(faults) if chance.random() < 0.05 else None
+    )
+    sim.ai_answer, sim.ai_pace = (lambda messages: STORY), 0.004
+    asked = {}
+    for number in range(16):
+        user, group = f"user{number}", f"@TGS#{number}"
+        if place == "group":
+            sim.groups[group] = {user}
+            im.post(sim.say_in_group(user, group, "tell", ["@RBT#001"], TopicId="t"))
+            asked[group] = f"@{user} {STORY}"
+        else:
+            sim.users.add(user)
+            im.say("tell", user=user)
+            asked[user] = STORY
+    poll(lambda: len({m.chat for m in sim.delivered}) == 16 and idle(im), 60)
+    assert all(message.closed and not message.failed for message in sim.delivered)
+    for chat, story in asked.items():
+        messages = [m for m in sim.delivered if m.chat == chat]
+        assert "".join(m.text for m in messages) == story
+        if mode == "whole":
+            assert all(len(m.states) == 1 for m in messages)
+        else:
+            assert len(messages[0].states) > 2  # it grew
+        if place == "group":
+            assert messages[0].body["TopicId"] == "t"
+            at = {"GroupAtAllFlag": 0, "GroupAt_Account": story[1:].split()[0]}
+            assert mode == "stream" or messages[0].body["GroupAtInfo"] == [at]
+
+
+def idle(im):
+    state = im.client.get("/healthz").get_json()
+    return state["waiting"] == state["in_work"] == 0
+
+
+@pytest.mark.parametrize("mode", ["modify", "custom", "stream"])
+def test_a_growing_mode_that_im_refuses_becomes_plain_text(sim, make_app, mode):
+    im = Caller(sim, make_app(reply_mode=mode).test_client())
+    refused = {"modify": "TIMTextElem", "custom": "TIMCustomElem"}.get(mode)
+
+    def fault(command, body):
+        kind = body["MsgBody"][0]["MsgType"]
+        text = body["MsgBody"][0]["MsgContent"].get("Text")
+        return (
+            10004
+            if kind == refused and text in (None, "…") or "Stream" in kind
+            else None
+        )
+
+    sim.fault = fault
+    im.say("hello")
+    [answer] = sim.wait(1)
+    assert answer.text == "You said: hello (question 1 of our chat)"
+    assert answer.body["MsgBody"][0]["MsgType"] == "TIMTextElem"
+
+
+@pytest.mark.parametrize("mode", tim.MODES)
+def test_an_answer_that_breaks_off_says_so(sim, make_app, mode):
+    im = Caller(sim, make_app(reply_mode=mode, bot_language="en").test_client())
+    sim.ai_answer, sim.ai_pace = (lambda messages: STORY), 0.01
+    sim.break_after = 30
+    im.say("tell")
+    poll(lambda: sim.delivered and idle(im))
+    [message] = sim.delivered
+    assert message.closed
+    if mode == "whole":
+        assert message.text == "The AI service is busy. Please try again in a moment."
+    else:
+        assert message.text.startswith(STORY[:40])
+        assert message.text.endswith(
+            "(The answer was cut: The AI service is busy. "
+            "Please try again in a moment.)"
+        )
+    sim.break_after = 0
+    im.say("again")
+    poll(lambda: len(sim.delivered) > 1 and idle(im))
+    assert [m["role"] for m in sim.ai_requests[-1]["messages"]] == ["system", "user"]
+
+
+def test_a_failure_in_custom_mode_is_shown_as_one(sim, make_app):
+    im = Caller(sim, make_app(reply_mode="custom").test_client())
+    sim.ai_fault = lambda asked: (401, {"error": {"message": "no (1004)"}})
+    im.say("hello")
+    poll(lambda: sim.delivered and idle(im))
+    assert sim.delivered[0].failed and sim.delivered[0].closed
+
+
+@pytest.mark.parametrize("how", ["/stop", "停止", "button"])
+@pytest.mark.parametrize("mode", tim.MODES)
+def test_a_stop_ends_the_answer_within_a_second(sim, make_app, mode, how):
+    im = Caller(sim, make_app(reply_mode=mode, bot_language="en").test_client())
+    sim.ai_answer, sim.ai_pace = (lambda messages: STORY), 0.05
+    im.say("tell")
+    poll(
+        lambda: sim.ai_requests and (mode == "whole" or len(sim.delivered[0].text) > 8)
+    )
+    im.say("next question")
+    began = time.monotonic()
+    if how == "button":
+        press = {"chatbotPlugin": 2, "src": 22, "msgKey": "x"}
+        content = {"Data": json.dumps(press)}
+        im.say(MsgBody=[{"MsgType": "TIMCustomElem", "MsgContent": content}])
+    else:
+        im.say(how)
+    poll(lambda: sim.ai_ended == 1)
+    assert time.monotonic() - began < 1
+    sim.ai_pace = 0
+    poll(lambda: len(sim.ai_requests) == 2 and idle(im))
+    assert all(message.closed for message in sim.delivered)
+    stopped = next(m for m in sim.delivered if "(stopped)" in m.text)
+    assert mode == "whole" or stopped.text.startswith(STORY[:8])
+    told = [m for m in sim.delivered if m.text == "I have stopped."]
+    assert len(told) == (how != "button")
+
+
+def test_a_stop_reaches_an_answer_in_another_process(tmp_path):
+    with running(WEB_CONCURRENCY=2, BOT_LANGUAGE="en") as (sim, bot):
+        sim.ai_delay = 10
+        users = [f"user{number}" for number in range(8)]
+        sim.users |= set(users)
+        for user in users:
+            sim.say(user, "@RBT#001", "slow")
+        poll(lambda: len(sim.ai_requests) == 8)
+        began = time.monotonic()
+        for user in users:
+            sim.say(user, "@RBT#001", "/stop")
+        sim.wait(16)
+        assert time.monotonic() - began < 5
+
+
+def test_long_answers_arrive_in_order_and_whole(im):
+    story = STORY * 30
+    im.sim.ai_answer = lambda messages: story
+    im.say("tell")
+    poll(lambda: im.sim.delivered and idle(im))
+    parts = im.sim.delivered
+    assert len(parts) > 3
+    assert [m.number for m in parts] == sorted({m.number for m in parts})
+    assert "".join("".join(m.text.split()) for m in parts) == "".join(story.split())
+
+
+PIECES = st.one_of(
+    st.sampled_from(["\n", "\n\n", "。", "，", ". ", " ", '"', "\\", "\t", "\r\n"]),
+    st.sampled_from(["👨‍👩‍👧‍👦", "👍🏽", "🇨🇳", "e\u0301", "1️⃣", "각", "好" * 50]),
+    st.text(max_size=30),
+    st.sampled_from(
+        ["\n```python\nx = 1\n", "\n```\n", "\n| a | b |\n|---|---|\n| 1 | 2 |\n"]
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(PIECES, min_size=1, max_size=60), st.integers(1, 400))
+def test_parts_are_under_the_limit_and_together_the_text(pieces, times):
+    text = tim.clean("".join(pieces) * times)[:40_000]
+    parts = tim.split(text, 2000)
+    assert all(tim.measure(part) <= 2000 for part in parts)
+    assert all(part for part in parts) or not text
+    assert unfenced("".join(parts), text)
+
+
+def unfenced(joined, text):
+    """Say whether `joined` is `text` with nothing but fences and table heads added."""
+    place = 0
+    for character in text:
+        place = joined.find(character, place) + 1
+        if not place:
+            return False
+    return True
+
+
+def test_a_million_characters_are_split_and_whole():
+    chance = random.Random(4)
+    words = [
+        "你好，世界。",
+        "plain words ",
+        "👨‍👩‍👧‍👦",
+        "🇨🇳🇩🇪",
+        '"quoted" \\ ',
+        "e\u0301\u0302",
+        "\n",
+        "\n\n",
+    ]
+    text = "".join(chance.choices(words, k=250_000))[:1_000_000]
+    parts = tim.split(text)
+    assert "".join(parts) == text
+    assert max(tim.measure(part) for part in parts) <= tim.PART_BYTES < 11_000
+    for before, after in zip(parts, parts[1:], strict=False):
+        assert not after.startswith(("\u200d", "\u0301", "\u0302"))
+        assert not before.endswith("\u200d")
+    assert len(parts) < 1.6 * tim.measure(text) / tim.PART_BYTES
+
+
+def test_code_and_tables_are_closed_and_opened_again():
+    code = "Look:\n```python\n" + "print('hello')\n" * 400 + "```\nDone."
+    parts = tim.split(code, 3000)
+    assert all(part.count("```") == 2 for part in parts)
+    assert all(part.startswith("```python\n") for part in parts[1:])
+    table = "| a | b |\n|---|---|\n" + "| 1 | 2 |\n" * 900
+    parts = tim.split(table, 3000)
+    assert len(parts) > 2
+    assert all(part.startswith("| a | b |\n|---|---|\n| 1 |") for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("/help", "/clear"), ("帮助", "/clear"), (" /HELP ", "/clear"), ("清空", "忘掉")],
+)
+def test_commands_are_answered_without_the_ai(im, text, says):
+    im.say(text)
+    assert says in im.sim.wait(1)[0].text
+    assert not im.sim.ai_requests
+
+
+def test_a_command_within_a_text_is_none(im):
+    im.say("what does /help do?")
+    assert "You said" in im.sim.wait(1)[0].text
+
+
+def test_clear_forgets_this_chat_and_no_other(im):
+    for number, (user, text) in enumerate(
+        [
+            ("jared", "one"),
+            ("lin", "two"),
+            ("jared", "/clear"),
+            ("jared", "3"),
+            ("lin", "4"),
+        ]
+    ):
+        im.say(text, user=user)
+        im.sim.wait(number + 1)
+    assert im.sim.delivered[3].text == "You said: 3 (question 1 of our chat)"
+    assert im.sim.delivered[4].text == "You said: 4 (question 2 of our chat)"
+
+
+@pytest.mark.parametrize(("memory", "count"), [("group", 2), ("member", 1)])
+def test_group_memory_is_the_groups_or_each_members(sim, make_app, memory, count):
+    im = Caller(sim, make_app(group_memory=memory).test_client())
+    for number, user in enumerate(["jared", "lin"]):
+        im.post(sim.say_in_group(user, "@TGS#demo", f"I am {number}", ["@RBT#001"]))
+        sim.wait(number + 1)
+    said = f"You said: {'lin: ' if count == 2 else ''}I am 1 (question {count} of"
+    assert sim.delivered[1].text.startswith(f"@lin {said}")
+
+
+def test_what_is_said_alone_never_reaches_a_group(im):
+    im.say("a secret")
+    im.sim.wait(1)
+    im.post(im.sim.say_in_group("jared", "@TGS#demo", "hello", ["@RBT#001"]))
+    im.sim.wait(2)
+    assert "a secret" not in json.dumps(im.sim.ai_requests[1])
+
+
+def test_two_robots_answer_each_in_its_persona(sim, make_app, tmp_path):
+    file = tmp_path / "robots.toml"
+    file.write_text(
+        """
+        ["@RBT#001"]
+        nick = "Ada"
+        system_prompt = "You are Ada."
+        ["@RBT#002"]
+        nick = "Echo"
+        provider = "echo"
+        """
+    )
+    env = {
+        "IM_SDKAPPID": "1",
+        "IM_KEY": "k",
+        "ALLOW_UNSIGNED": "1",
+        "AI_SECRET_KEY": "k",
+    }
+    robots = Config.from_env({**env, "ROBOTS": str(file)}).robots
+    im = Caller(sim, make_app(robots=robots).test_client())
+    text = text_body("＠Ada @Echo what is your name?")
+    both = ["@RBT#001", "@RBT#002"]
+    im.post(sim.say_in_group("jared", "@TGS#demo", "", both, MsgBody=text))
+    answers = {m.robot: m.text for m in sim.wait(2)}
+    assert answers["@RBT#002"] == "@jared jared: what is your name?"
+    assert "what is your name? (question 1" in answers["@RBT#001"]
+    [asked] = sim.ai_requests
+    assert asked["messages"][0] == {"role": "system", "content": "You are Ada."}
+
+
+@pytest.mark.parametrize(
+    ("toml", "says"),
+    [
+        ('[robot]\nnick = "x"', "robot is not a robot"),
+        ('["@RBT#1"]\ncolour = "x"', "unknown key colour"),
+        ('["@RBT#1"]\nprovider = "nobody"', "@RBT#1: provider must be one of: minimax"),
+        ('["@RBT#1"]\nreply_mode = 5', "@RBT#1: reply_mode must be a text"),
+        ("[", "cannot be read"),
+        (None, "is not there"),
+    ],
+)
+def test_a_wrong_robots_file_stops_the_start(tmp_path, toml, says):
+    file = tmp_path / "personas.toml"
+    if toml:
+        file.write_text(toml)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        Config.from_env({"ROBOTS": str(file)})
+
+
+def test_strangers_are_told_once_and_not_answered(sim, make_app):
+    app = make_app(allow_users=("lin",), allow_groups=("@TGS#ours",))
+    im = Caller(sim, app.test_client())
+    for _ in range(3):
+        im.say("hello")
+    im.post(sim.say_in_group("lin", "@TGS#demo", "hello", ["@RBT#001"]))
+    im.say("hello", user="lin")
+    sim.wait(3)
+    poll(lambda: idle(im))
+    assert [m.text.split("，")[0] for m in sim.delivered if m.chat == "jared"] == [
+        "抱歉"
+    ]
+    assert len(sim.delivered) == 3 and len(sim.ai_requests) == 1
+
+
+def test_a_user_who_is_too_fast_is_told_once(sim, make_app):
+    im = Caller(sim, make_app(rate_limit=3).test_client())
+    for number in range(8):
+        im.say(str(number))
+    im.say("another user", user="lin")
+    poll(lambda: len(sim.delivered) == 5 and idle(im))
+    texts = [m.text for m in sim.delivered if m.chat == "jared"]
+    assert [text[:11] for text in texts[:3]] == [f"You said: {n}" for n in range(3)]
+    assert "太快" in texts[3]
+
+
+def test_a_conversation_that_is_full_is_told_once(sim, make_app):
+    im = Caller(sim, make_app(max_waiting=2).test_client())
+    sim.ai_delay = 1
+    for number in range(6):
+        im.say(str(number))
+    [notice] = sim.wait(1)
+    assert "消息太多" in notice.text
+    poll(lambda: len(sim.delivered) == 3 and idle(im))
+
+
+def test_pictures_go_to_services_that_see(sim, make_app):
+    picture = {
+        "MsgType": "TIMImageElem",
+        "MsgContent": {
+            "UUID": "u",
+            "ImageFormat": 1,
+            "ImageInfoArray": [
+                {"Type": 1, "Size": 9, "Width": 1, "Height": 1, "URL": "https://x/1"},
+                {"Type": 2, "Size": 9, "Width": 1, "Height": 1, "URL": "https://x/2"},
+            ],
+        },
+    }
+    im = Caller(sim, make_app().test_client())
+    im.say(MsgBody=[picture, *text_body("what is it?")])
+    sim.wait(1)
+    assert sim.ai_requests[0]["messages"][-1]["content"] == [
+        {"type": "text", "text": "what is it?"},
+        {"type": "image_url", "image_url": {"url": "https://x/2"}},
+    ]
+    im = Caller(sim, make_app(ai_provider="deepseek").test_client())
+    im.say(MsgBody=[picture])
+    assert "图片" in sim.wait(2)[1].text
+    assert len(sim.ai_requests) == 1
+
+
+@pytest.mark.parametrize("kind", sorted(tim.STRANGE))
+def test_what_the_bot_cannot_read_gets_a_friendly_sentence(im, kind):
+    im.say(MsgBody=[{"MsgType": kind, "MsgContent": {}}])
+    assert "看不懂" in im.sim.wait(1)[0].text
+    assert not im.sim.ai_requests
+
+
+def test_every_text_is_there_in_every_language():
+    assert set(TEXTS["zh"]) == set(TEXTS["en"])
+    assert all(text.strip() for texts in TEXTS.values() for text in texts.values())
+
+
+def test_two_processes_answer_each_message_once_and_in_order(tmp_path):
+    """500 messages of 100 users, every callback delivered twice."""
+    with running(WEB_CONCURRENCY=2) as (sim, bot):
+        sim.users |= {f"user{number}" for number in range(100)}
+        sim.ai_delay = 0.05
+        sim.bot_url = ""  # the events first: they are delivered below
+        events = {
+            user: [sim.say(f"user{user}", "@RBT#001", f"q{n}") for n in range(5)]
+            for user in range(100)
+        }
+        sim.bot_url = bot.url
+
+        def deliver(share):
+            with requests.Session() as http:
+                for number in range(5):
+                    for user in share:
+                        for _ in range(2):
+                            answer = sim.callback(events[user][number], http)
+                            assert answer.json()["ActionStatus"] == "OK"
+
+        threads = [
+            threading.Thread(target=deliver, args=(range(start, 100, 4),))
+            for start in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sim.wait(500, timeout=60)
+        poll(lambda: requests.get(f"{bot.url}/healthz").json()["in_work"] == 0)
+        assert len(sim.delivered) == 500
+        for user in range(100):
+            answers = [m for m in sim.delivered if m.chat == f"user{user}"]
+            texts = [m.text.split(" (")[0] for m in answers]
+            assert texts == [f"You said: q{number}" for number in range(5)]
+            assert [m.number for m in answers] == sorted(m.number for m in answers)
+        assert len(sim.ai_requests) == 500
+        assert set(pids(bot)) and "Traceback" not in bot.log.read_text()
+
+
+def pids(bot):
+    return [line for line in bot.log.read_text().splitlines() if "Booting" in line]
+
+
+def test_the_demonstration_shows_questions_and_answers():
+    done = subprocess.run(
+        [sys.executable, "simulator.py"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[one-to-one] jared: 你好" in done.stdout
+    assert "[one-to-one] Robot: You said: 你好" in done.stdout
+    assert "[group @TGS#demo] Robot: @lin You said: lin: hello from" in done.stdout
+    assert not done.stderr
+
+
+def poll(condition, timeout=20):
+    """Wait until a condition holds, at most `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
