@@ -1,9 +1,9 @@
 """A chatbot server for Tencent Cloud IM (Tencent Cloud Chat).
 
-Tencent calls `POST /im` when somebody writes to a robot account (@RBT#…) or mentions one
-in a group. The message is checked, stored and acknowledged at once; a pool of threads
-asks the AI service and answers as the robot. Read `create_app` for the way in and `Bot`
-for the way out.
+Tencent calls `POST /im` when somebody writes to a robot account (@RBT#…) or mentions
+one in a group. The message is checked, stored and acknowledged at once; a pool of
+threads asks the AI service and answers as the robot. Read `create_app` for the way in
+and `Bot` for the way out.
 
     gunicorn --worker-class gthread --threads 8 'botserver:create_app()'
 
@@ -20,12 +20,15 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import click
+import requests
 from flask import Flask, request
 from werkzeug.exceptions import HTTPException
 
@@ -33,8 +36,9 @@ import providers
 import tim
 from providers import PROVIDERS, Call, Provider, ProviderError, Replace
 from store import Claim, Store, StoreError, open_store
-from usersig import BadSignature, check_callback
+from usersig import BadSignature, check_callback, gen_user_sig
 
+__version__ = "1.0.0"
 LARGEST_CALLBACK = 1 << 20  # bytes
 PATROL = 0.5  # seconds between two looks at what the store holds for us
 NOTICE_EVERY = 600  # seconds in which a user is told once why messages are refused
@@ -55,7 +59,7 @@ COMMANDS = {
 }
 TEXTS = {
     "zh": {
-        "help": "直接发消息给我就行。/clear（清空）忘掉这段对话，/stop（停止）打断回答。",
+        "help": "直接发消息给我就行。/clear（清空）忘掉对话，/stop（停止）打断回答。",
         "clear": "好的，这段对话我已经忘掉了。",
         "stop": "好的，我停下了。",
         "stopped": "（已停止）",
@@ -74,14 +78,14 @@ TEXTS = {
         "setup": "AI 服务的设置有误，请联系管理员。",
     },
     "en": {
-        "help": "Just write to me. /clear makes me forget this chat, /stop ends an answer.",
+        "help": "Write to me. /clear: I forget this chat. /stop: I stop the answer.",
         "clear": "I have forgotten this chat.",
         "stop": "I have stopped.",
         "stopped": "(stopped)",
         "strange": "I cannot read this kind of message yet. Please write to me.",
         "blind": "I cannot see pictures yet. Please write to me.",
         "stranger": "Sorry, I may not serve you yet. Please ask the administrator.",
-        "flood": "That is a lot. Please wait until I have answered what you sent before.",
+        "flood": "That is a lot. Please wait until I have answered what came before.",
         "rate": "You are very fast. Please try again in a minute.",
         "cut": "(The answer was cut: {})",
         "busy": "The AI service is busy. Please try again in a moment.",
@@ -132,6 +136,7 @@ class Config:
     im_api_url: str = setting("https://console.tim.qq.com")
     ai_provider: str = setting("minimax", choices=tuple(PROVIDERS))
     ai_secret_key: str = setting("", secret=True)
+    ai_secret_keys: dict[str, str] = field(default_factory=dict, repr=False)
     ai_base_url: str = setting("")
     ai_model: str = setting("")
     ai_extra_body: dict[str, Any] = field(default_factory=dict)
@@ -164,6 +169,8 @@ class Config:
             item.name: env.get(item.name.upper(), "").strip() for item in fields(cls)
         }
         values, wrong = _read_all(cls, texts, str.upper)
+        keys = {name: env.get(_key_name(name), "").strip() for name in PROVIDERS}
+        values["ai_secret_keys"] = {name: key for name, key in keys.items() if key}
         if wrong := wrong + _disagreements(values):
             raise ConfigError("\n".join(["The settings are not complete:", *wrong]))
         return cls(**values)
@@ -251,16 +258,26 @@ def _read_robots(path: str, default: str) -> dict[str, Persona]:
     return personas
 
 
+def _key_name(provider: str) -> str:
+    return f"AI_SECRET_KEY_{provider.upper().replace('-', '_')}"
+
+
 def _disagreements(values: Mapping[str, Any]) -> list[str]:
     wrong = []
     if not values.get("im_callback_token") and not values.get("allow_unsigned"):
         wrong.append(
-            "IM_CALLBACK_TOKEN is missing: without it anybody can spend your AI budget. "
-            "Set ALLOW_UNSIGNED=1 if that is what you want."
+            "IM_CALLBACK_TOKEN is missing: without it anybody can spend your AI "
+            "budget. Set ALLOW_UNSIGNED=1 if that is what you want."
         )
     name = values.get("ai_provider", "minimax")
     if not values.get("ai_secret_key") and not PROVIDERS[name].keyless:
         wrong.append(f"AI_SECRET_KEY is missing: the AI service {name} needs one.")
+    for robot, persona in values.get("robots", {}).items():
+        other = persona.provider not in ("", name)
+        if other and not PROVIDERS[persona.provider].keyless:
+            if persona.provider not in values["ai_secret_keys"]:
+                key = _key_name(persona.provider)
+                wrong.append(f"{key} is missing: {robot} uses {persona.provider}.")
     for name in ("im_api_url", "ai_base_url"):
         if not values.get(name, "https://").startswith(("https://", "http://")):
             wrong.append(f"{name.upper()} must start with https:// or http://.")
@@ -283,6 +300,7 @@ class Work:
     message: tim.Message
     call: Call
     screen: tim.Whole
+    outcome: str = "sent"  # for the log
     lost: bool = False
 
 
@@ -296,7 +314,7 @@ class Bot:
         self._state = threading.Condition()  # guards what follows
         self._work: set[Work] = set()
         self._threads = self._idle = self._wanted = 0
-        self._closing = threading.Event()
+        self._closing, self._closed = threading.Event(), threading.Event()
         self._waiting = 0.0  # messages in the store, as the patrol last saw it
         self._store_down = False
         self._patrol = threading.Thread(target=self._walk, daemon=True)
@@ -309,19 +327,9 @@ class Bot:
         """Return what is set for a robot."""
         return self.config.robots.get(robot, NOBODY)
 
-    def provider(self, persona: Persona) -> Provider:
-        """Return the AI service of a persona."""
-        config = self.config
-        name = persona.provider or config.ai_provider
-        same = name == config.ai_provider
-        return Provider(
-            PROVIDERS[name],
-            config.ai_secret_key if same else "",
-            config.ai_base_url if same else "",
-            persona.model or (config.ai_model if same else ""),
-            config.ai_extra_body if same else {},
-            self._http,
-        )
+    def provider(self, robot: str) -> Provider:
+        """Return the AI service of a robot."""
+        return make_provider(self.config, self.persona(robot), self._http)
 
     def accept(self, message: tim.Message) -> None:
         """Store a message and wake a thread for it. Raises StoreError, Overloaded.
@@ -431,6 +439,7 @@ class Bot:
         if reply is None:
             reply, remember = self._own_words(work), False
             if reply is None:
+                work.outcome = "answered"
                 screen.open()
                 reply, remember = self._ask(work)
             self._keep(claim, reply, screen.progress, remember)
@@ -440,14 +449,17 @@ class Bot:
         sent = time.monotonic()
         self.store.finish(claim)
         logger.info(
-            "answered %s: ai %.0f ms, im %.0f ms",
-            claim.id.replace("\t", " "),
+            "%s: %s, ai %.0f ms, im %.0f ms, %d parts, %s",
+            claim.id,
+            work.outcome,
             (asked - began) * 1000,
             (sent - asked) * 1000,
+            screen.parts,
+            self.persona(work.message.robot).provider or self.config.ai_provider,
         )
 
     def _own_words(self, work: Work) -> str | None:
-        """Return what the bot itself says: "" for nothing, None if the AI is to speak."""
+        """Return what the bot itself says; "" for nothing, None to ask the AI."""
         message, texts = work.message, self.texts
         if message.kind == "stop":
             return ""
@@ -460,15 +472,14 @@ class Bot:
         if most := self.config.rate_limit:
             if (sent := self.store.count(f"rate\t{message.user}", 60)) > most:
                 return texts["rate"] if sent == most + 1 else ""
-        persona = self.persona(message.robot)
-        if message.images and not self.provider(persona).service.images:
+        if message.images and not self.provider(message.robot).service.images:
             return None if message.text else texts["blind"]
         return None
 
     def _ask(self, work: Work) -> tuple[str, bool]:
         """Return what to answer, and whether it belongs into the memory of the chat."""
         screen, text, shown = work.screen, "", 0.0
-        provider = self.provider(self.persona(work.message.robot))
+        provider = self.provider(work.message.robot)
         chunks = provider.chat(self._chat(work, provider), work.call, not screen.gap)
         try:
             for chunk in chunks:
@@ -484,6 +495,7 @@ class Bot:
 
     def _ask_failed(self, work: Work, error: ProviderError, text: str) -> str:
         """Return what to show instead of an answer, or after half of one."""
+        work.outcome = error.kind
         if error.kind == "stopped":
             return (
                 f"{text}\n\n{self.texts['stopped']}" if text else self.texts["stopped"]
@@ -550,23 +562,33 @@ class Bot:
     def _walk(self) -> None:
         """Patrol: renew our claims, and wake threads for what others left behind."""
         round = 0
-        while not self._closing.wait(PATROL if round else 0):
+        while not self._closed.wait(PATROL if round else 0):
             try:
-                if round % 10 == 0:
-                    self._renew()
-                if round % 7200 == 0:
-                    self.store.prune(self.config.retention_days * 86400)
-                self._stop_requested()
-                self._waiting = self.store.stats()["waiting"]
-                self._wake(self.store.due(self.config.worker_threads))
-                if self._store_down:
-                    logger.warning("the store works again")
-                self._store_down = False
+                self._look(round)
             except StoreError as error:
                 self._store_failed(error)
-            for work in self._at_work():
-                threading.Thread(target=work.screen.nudge, daemon=True).start()
             round += 1
+
+    def _look(self, round: int) -> None:
+        if round % 10 == 0:
+            self._renew()
+        if round % 7200 == 0:
+            seconds = self.config.retention_days * 86400
+            self._aside(self._try_store, self.store.prune, seconds)
+        self._stop_requested()
+        self._waiting = self.store.stats()["waiting"]
+        self._wake(self.store.due(self.config.worker_threads))
+        for work in self._at_work():
+            if time.monotonic() - work.screen.spoke > work.screen.idle:
+                self._aside(work.screen.nudge)
+        if self._store_down:
+            logger.warning("the store works again")
+        self._store_down = False
+
+    @staticmethod
+    def _aside(act: Callable[..., None], *values: Any) -> None:
+        """Do what may take long without holding up the patrol."""
+        threading.Thread(target=act, args=values, daemon=True).start()
 
     def _at_work(self) -> list[Work]:
         with self._state:
@@ -584,7 +606,7 @@ class Bot:
             works[claim].call.stop()
 
     def close(self, drain: float = DRAIN) -> None:
-        """Claim no more, let answers in work finish for `drain` seconds, release the rest."""
+        """Claim no more, finish what `drain` seconds allow, release the rest."""
         with self._state:
             if self._closing.is_set():
                 return
@@ -593,10 +615,38 @@ class Bot:
             self._state.wait_for(lambda: not self._work, drain)
             left = list(self._work)
         for work in left:
-            self._try_store(self.store.release, work.claim, 0.0)
             work.lost = True
+            self._try_store(self.store.release, work.claim, 0.0)
             work.call.stop()
+        self._closed.set()
         logger.info("stopped; %d messages were left to others", len(left))
+
+
+def make_provider(config: Config, persona: Persona, http: requests.Session) -> Provider:
+    """Return the AI service of a persona, with the key that is set for it."""
+    name = persona.provider or config.ai_provider
+    if name != config.ai_provider:
+        key = config.ai_secret_keys.get(name, "")
+        return Provider(PROVIDERS[name], key, model=persona.model, http=http)
+    return Provider(
+        PROVIDERS[name],
+        config.ai_secret_key,
+        config.ai_base_url,
+        persona.model or config.ai_model,
+        config.ai_extra_body,
+        http,
+    )
+
+
+def make_client(config: Config) -> tim.Client:
+    """Return Tencent IM's REST API."""
+    return tim.Client(
+        config.im_api_url,
+        config.im_sdkappid,
+        config.im_key,
+        config.im_admin,
+        config.worker_threads,
+    )
 
 
 def command(message: tim.Message) -> str:
@@ -605,9 +655,10 @@ def command(message: tim.Message) -> str:
 
 
 def create_app(config: Config | None = None) -> Flask:
-    """Return the WSGI app, its bot at work. Without `config` it reads the environment."""
+    """Return the WSGI app, its bot at work; the environment has the settings."""
     app = Flask(__name__)
-    app.cli.add_command(create_robot)
+    for verb in CLI:
+        app.cli.add_command(verb)
     context = click.get_current_context(silent=True)
     if context and context.info_name != "run":
         return app  # a command of `flask` makes what it needs
@@ -620,9 +671,17 @@ def create_app(config: Config | None = None) -> Flask:
     # At DEBUG it logs whole URLs, and those of Tencent's REST API hold the UserSig.
     logging.getLogger("urllib3").setLevel(logging.WARNING)
     nicks = {robot: persona.nick for robot, persona in config.robots.items()}
-    bot = _make_bot(config)
+    bot = Bot(config, _open_store_or_exit(config), make_client(config))
     bot.start()
     atexit.register(bot.close)
+    logger.info(
+        "version %s, store %s, AI service %s, replies %s, %d threads",
+        __version__,
+        "Redis" if config.redis_url else config.database,
+        config.ai_provider,
+        config.reply_mode,
+        config.worker_threads,
+    )
     app.extensions["bot"] = bot
     app.config["MAX_CONTENT_LENGTH"] = LARGEST_CALLBACK
 
@@ -664,14 +723,14 @@ def _config_or_exit() -> Config:
         sys.exit(3)  # by which gunicorn knows not to start the worker again
 
 
-def _make_bot(config: Config) -> Bot:
-    im = tim.Client(
-        config.im_api_url, config.im_sdkappid, config.im_key, config.im_admin
-    )
+def _open_store_or_exit(config: Config) -> Store:
     try:
-        return Bot(config, open_store(config.database, config.redis_url), im)
+        return open_store(config.database, config.redis_url)
     except StoreError as error:
-        print(f"DATABASE: {error}.", file=sys.stderr)
+        print(
+            f"{'REDIS_URL' if config.redis_url else 'DATABASE'}: {error}.",
+            file=sys.stderr,
+        )
         sys.exit(3)
 
 
@@ -703,17 +762,156 @@ def _refuse(status: int, why: str) -> tuple[dict[str, Any], int]:
     return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what can go wrong in a command into one sentence and exit status 1."""
+    try:
+        yield
+    except (ValueError, tim.IMError, StoreError, ProviderError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@click.command()
+@click.argument("text")
+def ask(text: str) -> None:
+    """Ask the AI service TEXT, once, and print its answer as it comes."""
+    config = _config_or_exit()
+    provider = make_provider(config, NOBODY, providers.open_session(1))
+    chat = [
+        {"role": "system", "content": config.ai_system_prompt},
+        {"role": "user", "content": text},
+    ]
+    with _told():
+        for chunk in provider.chat(chat, Call(config.ai_timeout)):
+            click.echo(f"\n{chunk}" if isinstance(chunk, Replace) else chunk, nl=False)
+    click.echo()
+
+
 @click.command()
 @click.argument("userid")
 @click.option("--nick", default="", help="The name that users see.")
 def create_robot(userid: str, nick: str) -> None:
     """Create the chatbot account USERID, such as @RBT#001."""
-    config = _config_or_exit()
-    im = tim.Client(
-        config.im_api_url, config.im_sdkappid, config.im_key, config.im_admin
-    )
-    try:
-        im.create_robot(userid, nick)
-    except (ValueError, tim.IMError) as error:
-        raise click.ClickException(str(error)) from None
+    with _told():
+        make_client(_config_or_exit()).create_robot(userid, nick)
     click.echo(f"{userid} is there: write to it.")
+
+
+@click.command()
+@click.argument("userid")
+def delete_robot(userid: str) -> None:
+    """Delete the chatbot account USERID; its name cannot be used again."""
+    with _told():
+        make_client(_config_or_exit()).delete_robot(userid)
+    click.echo(f"{userid} is deleted.")
+
+
+@click.command()
+def robots() -> None:
+    """List the app's chatbot accounts."""
+    with _told():
+        click.echo("\n".join(make_client(_config_or_exit()).robots()))
+
+
+@click.command()
+@click.argument("userid")
+@click.option("--expire", default=86400, help="Seconds it is valid.")
+def usersig(userid: str, expire: int) -> None:
+    """Print a UserSig with which USERID can log in to a chat client."""
+    config = _config_or_exit()
+    click.echo(gen_user_sig(config.im_sdkappid, config.im_key, userid, expire))
+
+
+@click.command()
+def failed() -> None:
+    """List the messages that were set aside, and why."""
+    with _told():
+        for id, reason, age in _open_store_or_exit(_config_or_exit()).failed():
+            click.echo(f"{id}\t{age:.0f} s ago: {reason}")
+
+
+@click.command()
+@click.argument("ids", nargs=-1)
+def retry(ids: tuple[str, ...]) -> None:
+    """Put messages that were set aside, all or those with IDS, back to be answered."""
+    with _told():
+        count = _open_store_or_exit(_config_or_exit()).retry(ids or None)
+    click.echo(f"{count} put back.")
+
+
+@click.command()
+def doctor() -> None:
+    """Check everything that can be checked from here; change nothing."""
+    healthy = True
+    config = _config_or_exit()
+    for name, check in CHECKS.items():
+        try:
+            good, says = True, check(config)
+        except (tim.IMError, StoreError, ProviderError, ValueError) as error:
+            good, says = False, str(error)
+        healthy = healthy and good
+        click.echo(f"{'ok  ' if good else 'FAIL'} {name:9} {says}")
+    click.echo(CONSOLE)
+    sys.exit(not healthy)
+
+
+CONSOLE = """
+In the console, under Webhook: the URL https://<this server>/im, authentication with the
+token of IM_CALLBACK_TOKEN, and both robot callbacks switched on."""
+
+
+def _check_token(config: Config) -> str:
+    if config.im_callback_token:
+        return f"{len(config.im_callback_token)} accepted"
+    raise ValueError("IM_CALLBACK_TOKEN is not set: anybody can spend your AI budget")
+
+
+def _check_robots(config: Config) -> str:
+    there = make_client(config).robots()
+    if missing := [robot for robot in config.robots if robot not in there]:
+        raise ValueError(f"{missing[0]} of robots.toml is not there: create-robot it")
+    if not there:
+        raise ValueError("there is no robot yet: use create-robot")
+    return f"key accepted; {', '.join(there)}"
+
+
+def _check_clock(config: Config) -> str:
+    try:
+        answer = requests.head(config.im_api_url, timeout=5)
+        theirs = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+    except (requests.RequestException, KeyError, ValueError) as error:
+        raise ValueError(f"{config.im_api_url}: {type(error).__name__}") from None
+    if abs(off := time.time() - theirs) > 30:
+        raise ValueError(
+            f"this server's clock is {off:+.0f} s off: callbacks will fail"
+        )
+    return "agrees with Tencent's"
+
+
+def _check_ai(config: Config) -> str:
+    seen = []
+    for persona in {NOBODY, *config.robots.values()}:
+        provider = make_provider(config, persona, providers.open_session(1))
+        chat = [{"role": "user", "content": "Say OK."}]
+        began = time.monotonic()
+        providers.joined(provider.chat(chat, Call(config.ai_timeout), whole=True))
+        name = persona.provider or config.ai_provider
+        model = provider.model or provider.service.model
+        seen.append(f"{name} {model} in {time.monotonic() - began:.1f} s")
+    return f"answers: {', '.join(seen)}"
+
+
+def _check_store(config: Config) -> str:
+    state = open_store(config.database, config.redis_url).stats()
+    place = "Redis" if config.redis_url else config.database
+    return f"{place} works; {state['waiting']} waiting, {state['set_aside']} set aside"
+
+
+CHECKS = {
+    "callback": _check_token,
+    "Tencent": _check_robots,
+    "clock": _check_clock,
+    "AI": _check_ai,
+    "store": _check_store,
+}
+CLI = (ask, create_robot, delete_robot, robots, usersig, failed, retry, doctor)

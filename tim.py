@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 import re
 import threading
@@ -237,7 +238,7 @@ def _text(content: Json) -> str:
 
 
 def _image(content: Json) -> list[str]:
-    """Return the URL of a picture: rather the large one than the original or a thumb."""
+    """Return the URL of a picture: rather the large than the original or a thumb."""
     infos = content.get("ImageInfoArray")
     infos = (
         [item for item in infos if isinstance(item, dict)]
@@ -440,6 +441,15 @@ class Client:
         body = {"UserID": userid} | ({"Nick": nick} if nick else {})
         self.call("openim_robot_http_svc/create_robot", body)
 
+    def delete_robot(self, userid: str) -> None:
+        """Delete a chatbot account. Raises IMError."""
+        self.call("openim_robot_http_svc/delete_robot", {"Robot_Account": userid})
+
+    def robots(self) -> list[str]:
+        """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
+        answer = self.call("openim_robot_http_svc/get_all_robots", {})
+        return [str(userid) for userid in answer.get("Robot_Account", [])]
+
     def call(self, command: str, body: Json, waits: Sequence[float] = PAUSES) -> Json:
         """Make a REST call and return Tencent's answer.
 
@@ -539,6 +549,7 @@ class Whole:
     """
 
     gap = 0.0  # seconds between two calls of grow; 0 if it does not grow
+    idle = math.inf  # seconds of silence after which it needs a nudge
     limit = PART_BYTES
 
     def __init__(
@@ -552,6 +563,8 @@ class Whole:
         self.client, self.message, self.order = client, message, order
         self.progress = progress  # what an earlier process did, and what we do
         self._save = save
+        self.spoke = time.monotonic()
+        self.parts = 0  # of the answer, when it is closed
         self._mention = f"@{message.user} " if message.group else ""
 
     def open(self) -> None:
@@ -574,6 +587,7 @@ class Whole:
         return split(self._mention + text, self.limit)
 
     def _send_parts(self, parts: list[str], first: int) -> None:
+        self.parts = len(parts)
         for number in range(max(first, self.progress.get("sent", 0)), len(parts)):
             element = text_element(parts[number].strip("\n"))
             mention = bool(self._mention) and number == 0
@@ -663,7 +677,6 @@ class Streamed(Whole):
         self._said = self.progress.get("said", "")  # and confirmed by Tencent
         self._pending: str | None = None  # sent, but not confirmed
         self._index = self.progress.get("index", 0)
-        self._spoke = time.monotonic()
 
     def open(self) -> None:
         try:
@@ -683,8 +696,7 @@ class Streamed(Whole):
         self._try_push(self._split(text)[0])
 
     def nudge(self) -> None:
-        if time.monotonic() - self._spoke > self.idle:
-            self._try_push(self._said, empty=True)
+        self._try_push(self._said, empty=True)
 
     def _try_push(self, text: str, empty: bool = False) -> None:
         with self._lock:
@@ -731,7 +743,7 @@ class Streamed(Whole):
     def _push(self, text: str, last: bool = False, waits: Sequence[float] = ()) -> Json:
         if self._pending is None:
             self._index += 1
-        self._pending, self._spoke = text, time.monotonic()
+        self._pending, self.spoke = text, time.monotonic()
         chunk = {"EventType": "data", "Index": self._index}
         chunk |= {"Markdown": text, "IsLast": last}
         content: Json = {"CompatibleText": self.old_client, "Chunks": [chunk]}
