@@ -311,7 +311,9 @@ class Bot:
         self.config, self.store, self.im = config, store, im
         self.texts = TEXTS[config.bot_language]
         self._http = providers.open_session(config.worker_threads)
-        self._state = threading.Condition()  # guards what follows
+        self._lock = threading.Lock()  # guards the next four
+        self._wake_up = threading.Condition(self._lock)  # a thread may be wanted
+        self._done = threading.Condition(self._lock)  # an answer has ended
         self._work: set[Work] = set()
         self._threads = self._idle = self._wanted = 0
         self._closing, self._closed = threading.Event(), threading.Event()
@@ -365,20 +367,20 @@ class Bot:
 
     def _wake(self, count: int) -> None:
         most = self.config.worker_threads
-        with self._state:
+        with self._lock:
             self._wanted = min(self._wanted + count, most)
             missing = min(self._wanted - self._idle, most - self._threads)
             for _ in range(0 if self._closing.is_set() else missing):
                 self._threads += 1
                 threading.Thread(target=self._run, daemon=True).start()
-            self._state.notify(count)
+            self._wake_up.notify(count)
 
     def _run(self) -> None:
         """Be a thread of the pool."""
         while not self._closing.is_set():
-            with self._state:
+            with self._lock:
                 self._idle += 1
-                self._state.wait_for(lambda: self._wanted or self._closing.is_set())
+                self._wake_up.wait_for(lambda: self._wanted or self._closing.is_set())
                 self._idle -= 1
                 self._wanted -= 1
             while claim := self._claim():
@@ -398,9 +400,9 @@ class Bot:
             try:
                 self._ask_and_send(work)
             finally:
-                with self._state:
+                with self._lock:
                     self._work.discard(work)
-                    self._state.notify_all()
+                    self._done.notify_all()
         except tim.IMError as error:
             self._not_sent(claim, error)
         except StoreError as error:  # the claim runs out and somebody goes on
@@ -412,8 +414,7 @@ class Bot:
             self._try_store(self.store.release, claim, 1.0, True)
 
     def _begin(self, claim: Claim) -> Work:
-        data = claim.data | {"images": tuple(claim.data["images"])}
-        message, call = tim.Message(**data), Call(self.config.ai_timeout)
+        message, call = read_message(claim.data), Call(self.config.ai_timeout)
         mode = self.persona(message.robot).reply_mode or self.config.reply_mode
         screen = tim.MODES[mode](
             self.im,
@@ -423,7 +424,7 @@ class Bot:
             lambda progress: self._keep(claim, None, progress),
         )
         work = Work(claim, message, call, screen)
-        with self._state:
+        with self._lock:
             self._work.add(work)
         return work
 
@@ -491,31 +492,27 @@ class Bot:
         except ProviderError as error:
             if work.lost:
                 raise Lost from None
-            return self._ask_failed(work, error, text), False
+            stopped = error.kind == "stopped"
+            remember = stopped and bool(text) and self.config.history_turns > 0
+            return self._ask_failed(work, error, text), remember
 
     def _ask_failed(self, work: Work, error: ProviderError, text: str) -> str:
         """Return what to show instead of an answer, or after half of one."""
         work.outcome = error.kind
-        if error.kind == "stopped":
-            return (
-                f"{text}\n\n{self.texts['stopped']}" if text else self.texts["stopped"]
-            )
-        logger.warning("no answer for %s: %s", work.claim.id, error)
         why = self.texts.get(error.kind, self.texts["busy"])
-        if not text:
-            work.screen.progress["failed"] = True
-        return f"{text}\n\n{self.texts['cut'].format(why)}" if text else why
+        if error.kind != "stopped":
+            logger.warning("no answer for %s: %s", work.claim.id, error)
+            work.screen.progress |= {} if text else {"failed": True}
+            why = self.texts["cut"].format(why) if text else why
+        return f"{text}\n\n{why}" if text else why
 
     def _chat(self, work: Work, provider: Provider) -> list[Json]:
         """Return the question as the AI service gets it: prompt, old turns, new one."""
         message = work.message
-        turns = [{"role": "user", "content": self._question(asdict(message), provider)}]
-        room = HISTORY_CHARACTERS
-        turns_kept = self.config.history_turns
-        for data, reply in reversed(
-            self.store.history(work.claim.conversation, turns_kept)
-        ):
-            asked = self._spoken(data)
+        turns = [{"role": "user", "content": self._question(message, provider)}]
+        room, most = HISTORY_CHARACTERS, self.config.history_turns
+        for data, reply in self.store.history(work.claim.conversation, most)[::-1]:
+            asked = self._spoken(read_message(data))
             room -= len(asked) + len(reply)
             if room < 0:
                 break
@@ -525,20 +522,18 @@ class Bot:
         prompt = prompt or self.config.ai_system_prompt
         return [*turns, {"role": "system", "content": prompt}][::-1]
 
-    def _spoken(self, data: Json) -> str:
+    def _spoken(self, message: tim.Message) -> str:
         """Return a question as a line of the chat; in a group it says who asked."""
-        text = data["text"] or "[image]"
-        shared = data["group"] and self.config.group_memory == "group"
-        return f"{data['user']}: {text}" if shared else str(text)
+        text = message.text or "[image]"
+        shared = message.group and self.config.group_memory == "group"
+        return f"{message.user}: {text}" if shared else text
 
-    def _question(self, data: Json, provider: Provider) -> Any:
-        text = self._spoken(data)
-        if not data["images"] or not provider.service.images:
+    def _question(self, message: tim.Message, provider: Provider) -> Any:
+        text = self._spoken(message)
+        if not message.images or not provider.service.images:
             return text
-        pictures = [
-            {"type": "image_url", "image_url": {"url": url}} for url in data["images"]
-        ]
-        return [{"type": "text", "text": text}, *pictures]
+        urls = [{"type": "image_url", "image_url": {"url": u}} for u in message.images]
+        return [{"type": "text", "text": text}, *urls]
 
     def _not_sent(self, claim: Claim, error: tim.IMError) -> None:
         if error.retry:
@@ -567,6 +562,8 @@ class Bot:
                 self._look(round)
             except StoreError as error:
                 self._store_failed(error)
+            except Exception:
+                logger.exception("the patrol stumbled")
             round += 1
 
     def _look(self, round: int) -> None:
@@ -591,7 +588,7 @@ class Bot:
         threading.Thread(target=act, args=values, daemon=True).start()
 
     def _at_work(self) -> list[Work]:
-        with self._state:
+        with self._lock:
             return list(self._work)
 
     def _renew(self) -> None:
@@ -607,12 +604,12 @@ class Bot:
 
     def close(self, drain: float = DRAIN) -> None:
         """Claim no more, finish what `drain` seconds allow, release the rest."""
-        with self._state:
+        with self._lock:
             if self._closing.is_set():
                 return
             self._closing.set()
-            self._state.notify_all()
-            self._state.wait_for(lambda: not self._work, drain)
+            self._wake_up.notify_all()
+            self._done.wait_for(lambda: not self._work, drain)
             left = list(self._work)
         for work in left:
             work.lost = True
@@ -647,6 +644,11 @@ def make_client(config: Config) -> tim.Client:
         config.im_admin,
         config.worker_threads,
     )
+
+
+def read_message(data: Json) -> tim.Message:
+    """Return the message that the store kept as `data`."""
+    return tim.Message(**data | {"images": tuple(data["images"])})
 
 
 def command(message: tim.Message) -> str:
