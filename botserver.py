@@ -69,6 +69,7 @@ TEXTS = {
         "flood": "消息太多了，请等我答完前面的再发。",
         "rate": "你发得太快了，请过一分钟再试。",
         "cut": "（回答中断了：{}）",
+        "broken": "（回答中断了，下面重新回答。）",
         "busy": "AI 服务正忙，请稍后再试。",
         "slow": "没能及时答完，请换个简单的问法再试。",
         "quota": "AI 服务的额度已用完，请联系管理员。",
@@ -88,6 +89,7 @@ TEXTS = {
         "flood": "That is a lot. Please wait until I have answered what came before.",
         "rate": "You are very fast. Please try again in a minute.",
         "cut": "(The answer was cut: {})",
+        "broken": "(The answer was cut. Here it is again.)",
         "busy": "The AI service is busy. Please try again in a moment.",
         "slow": "I could not finish in time. Please ask something simpler.",
         "quota": "The AI service's quota is used up. Please tell the administrator.",
@@ -422,6 +424,7 @@ class Bot:
             claim.seq,
             claim.progress,
             lambda progress: self._keep(claim, None, progress),
+            self.texts["broken"],
         )
         work = Work(claim, message, call, screen)
         with self._lock:

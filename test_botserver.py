@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -192,8 +193,10 @@ def test_every_robot_mentioned_in_a_group_answers_without_the_mentions(im):
         ("hello @@rbt#001", "hello"),
         ("＠@RBT#001 你好", "你好"),
         ("@@RBT#001你好", "你好"),
-        ("@@RBT#0011 hello", "@@RBT#0011 hello"),
+        ("tell @@RBT#0011 hello", "tell @@RBT#0011 hello"),
         ("@Robot\u2005hello @@RBT#001 there", "hello there"),
+        ("@Somebody\u2005/help", "/help"),
+        ("@Somebody @Else hello", "@Somebody @Else hello"),
         ("mail robot@example.com", "mail robot@example.com"),
     ],
 )
@@ -696,6 +699,33 @@ def test_a_growing_mode_that_im_refuses_becomes_plain_text(sim, make_app, mode):
     [answer] = sim.wait(1)
     assert answer.text == "You said: hello (question 1 of our chat)"
     assert answer.body["MsgBody"][0]["MsgType"] == "TIMTextElem"
+
+
+def test_answers_cut_by_a_crash_end_closed_and_true(tmp_path):
+    """kill -9 while three robots speak, each in its own mode; then a restart."""
+    modes = {"@RBT#001": "modify", "@RBT#002": "custom", "@RBT#003": "stream"}
+    toml = "".join(f'["{name}"]\nreply_mode = "{modes[name]}"\n' for name in modes)
+    tmp_path.joinpath("robots.toml").write_text(toml)
+    with running(ROBOTS=tmp_path / "robots.toml", BOT_LANGUAGE="en") as (sim, bot):
+        sim.robots |= dict.fromkeys(modes, "")
+        sim.ai_answer, sim.ai_pace = (lambda messages: STORY), 0.05
+        for robot in modes:
+            sim.say("jared", robot, "tell")
+        poll(lambda: len(sim.delivered) == 3)
+        poll(lambda: all(len(m.text) > 20 for m in sim.delivered))
+        bot.stop(signal.SIGKILL)
+        sim.ai_pace = 0
+        assert not any(message.closed for message in sim.delivered)
+        bot.start()
+        health = f"{bot.url}/healthz"
+        poll(lambda: requests.get(health).json()["oldest"] == 0, 30)
+        assert all(message.closed for message in sim.delivered)
+        by_robot = {m.robot: m for m in sim.delivered}  # the last of each
+        assert {m.text for m in by_robot.values()} == {STORY}
+        assert len(sim.delivered) == 4
+        broken = next(m for m in sim.delivered if m.text != STORY)
+        assert broken.robot == "@RBT#003"
+        assert broken.text.endswith("(The answer was cut. Here it is again.)")
 
 
 @pytest.mark.parametrize("mode", tim.MODES)

@@ -185,11 +185,17 @@ def _group(
 
 
 def cut_mentions(text: str, names: Iterable[str]) -> str:
-    """Return the text without `@name`, for every name, wherever it stands."""
+    """Return the text without `@name`, for every name, wherever it stands.
+
+    If none is there, a single mention at the start is a name that we do not know.
+    """
+    cut = text
     for name in sorted(names, key=len, reverse=True):
         mention = rf"[@＠]{re.escape(name)}(?![A-Za-z0-9_])\s?"
-        text = re.sub(mention, "", text, flags=re.IGNORECASE)
-    return text.strip()
+        cut = re.sub(mention, "", cut, flags=re.IGNORECASE)
+    if cut == text:
+        cut = re.sub(r"^\s*[@＠]\S+\s+(?![@＠])", "", text)
+    return cut.strip()
 
 
 def _name(event: dict[str, Any], field: str) -> str:
@@ -272,12 +278,8 @@ def measure(text: str) -> int:
     return len(json.dumps(inner, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-_BREAKS = [
-    re.compile(r"\n\s*\n"),
-    re.compile(r"\n"),
-    re.compile(r"[。！？!?；;]+|\.\s"),
-]
-_BREAKS += [re.compile(r"[，,、\s]")]
+_BREAKS = [r"\n\s*\n", r"\n", r"[。！？!?；;]+|\.\s", r"[，,、\s]"]
+_FLAGS = re.compile("[\U0001f1e6-\U0001f1ff]+\\Z")
 _FENCE = re.compile(r"^ {0,3}(```+|~~~+)[^`\n]*$", re.MULTILINE)
 _TABLE = re.compile(r"(?:^|\n)(\|.*\n\|[ :|-]+\n)(?:\|.*\n)*\Z")
 
@@ -290,7 +292,7 @@ def split(text: str, limit: int = PART_BYTES) -> list[str]:
     and opened again; apart from that the parts are the text.
     """
     parts, again = [], ""
-    while measure(again + text) > limit:
+    while len(text) > limit or measure(again + text) > limit:
         end = _break(text, _fitting(again, text, limit - 20))
         part, text = again + text[:end], text[end:]
         closing, again = _reopen(part, limit)
@@ -312,29 +314,30 @@ def _fitting(again: str, text: str, limit: int) -> int:
 
 def _break(text: str, end: int) -> int:
     """Return the best place to cut, at most `end`."""
+    half = text[end // 2 : end]
     for pattern in _BREAKS:
-        places = [found.end() for found in pattern.finditer(text, end // 2, end)]
-        if places:
-            return places[-1]
-    place = end
-    while place > max(1, end - 200) and not _boundary(text, place):
-        place -= 1
-    return place if _boundary(text, place) else end
+        for found in reversed([*re.finditer(pattern, half)]):
+            if _boundary(text, end // 2 + found.end()):
+                return end // 2 + found.end()
+    nearby = range(end, max(0, end - 200), -1)
+    return next((place for place in nearby if _boundary(text, place)), end)
 
 
 def _boundary(text: str, place: int) -> bool:
-    """Return whether no grapheme spans this place: emoji, flags, accents, jamo."""
+    """Return whether no grapheme spans this place."""
     before, after = text[place - 1], text[place : place + 1]
-    if not after or unicodedata.category(after)[0] == "M" or before == "\u200d":
-        return not after
-    if after in "\u200d\n" and (after != "\n" or before == "\r"):
-        return False
-    if "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f":
-        return False
-    if "\u1100" <= before <= "\u11ff" and "\u1100" <= after <= "\u11ff":
-        return False
-    flags = re.search("[\U0001f1e6-\U0001f1ff]*$", text[max(0, place - 50) : place])
-    return not (flags and len(flags[0]) % 2 and "\U0001f1e6" <= after <= "\U0001f1ff")
+    if not after:
+        return True
+    flags = _FLAGS.search(text, max(0, place - 50), place)
+    return not (
+        "\u200d" in (before, after)  # a family of emoji
+        or unicodedata.category(after)[0] == "M"  # an accent, a keycap
+        or "\U0001f3fb" <= after <= "\U0001f3ff"  # a skin tone
+        or "\U000e0020" <= after <= "\U000e007f"  # a tag, as of Scotland's flag
+        or ("\u1100" <= before <= "\u11ff" and "\u1100" <= after <= "\u11ff")  # jamo
+        or (flags and len(flags[0]) % 2 and _FLAGS.match(after))  # half of a flag
+        or before + after == "\r\n"
+    )
 
 
 def _reopen(part: str, limit: int) -> tuple[str, str]:
@@ -559,10 +562,12 @@ class Whole:
         order: int,
         progress: Json,
         save: Callable[[Json], None],
+        broken: str = "…",
     ) -> None:
         self.client, self.message, self.order = client, message, order
         self.progress = progress  # what an earlier process did, and what we do
         self._save = save
+        self.broken = broken  # what to say of text that another answer replaces
         self.spoke = time.monotonic()
         self.parts = 0  # of the answer, when it is closed
         self._mention = f"@{message.user} " if message.group else ""
@@ -589,10 +594,11 @@ class Whole:
     def _send_parts(self, parts: list[str], first: int) -> None:
         self.parts = len(parts)
         for number in range(max(first, self.progress.get("sent", 0)), len(parts)):
-            element = text_element(parts[number].strip("\n"))
             mention = bool(self._mention) and number == 0
-            # Number 0 is that of a growing message.
-            self.client.send(self.message, element, self.order, number + 1, mention)
+            if text := parts[number].strip("\n"):
+                element = text_element(text)
+                # Number 0 is that of a growing message.
+                self.client.send(self.message, element, self.order, number + 1, mention)
             if number + 1 < len(parts):
                 self._note(sent=number + 1)
 
@@ -685,11 +691,9 @@ class Streamed(Whole):
             elif "said" not in self.progress:
                 # A process died in mid-answer; nobody knows how much it had said.
                 self._index = 100_000
-                self._push("…", last=True)
-                self._not_growing(
-                    InterruptedError("it was begun by a process that died")
-                )
-        except IMError as error:
+                self._push(f"\n\n{self.broken}", last=True)
+                self._not_growing(InterruptedError("the process that began it died"))
+        except (IMError, KeyError) as error:
             self._not_growing(error)
 
     def grow(self, text: str) -> None:
@@ -731,7 +735,7 @@ class Streamed(Whole):
             if self._pending is not None:
                 self._push(self._pending, waits=PAUSES)
             fits = text.startswith(self._said)
-            rest = text[len(self._said) :] if fits else " …"
+            rest = text[len(self._said) :] if fits else f"\n\n{self.broken}"
             self._push(rest, last=True, waits=PAUSES)
             return fits
         except IMError as error:
