@@ -1,14 +1,14 @@
 """Where accepted messages wait, and what is remembered of them.
 
 One record per message serves four needs: its id is the de-duplication, the record the
-durability, its number under one claim per conversation the order, and the text and reply
-of answered ones the memory of the chat. The store is the queue: what waits needs no
-memory in a process, so a crash loses nothing and another process can go on.
+durability, its number under one claim per conversation the order, and the text and
+reply of answered ones the memory of the chat. The store is the queue: what waits needs
+no memory in a process, so a crash loses nothing and another process can go on.
 
 `Store` holds the verbs and their promises. `SQLiteStore` keeps them for the processes
-of one machine, `RedisStore` for several machines. Another store is another `_run`, which
-does the step of a verb, as `_SQL` and `_LUA` say it for these two; the tests of the store
-tell whether it keeps the promises.
+of one machine, `RedisStore` for several machines. Another store is another `_run`, that
+does the step of a verb, as `_SQL` and `_LUA` say it for these two; the tests of the
+store tell whether it keeps the promises.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ class Store:
         key = {"id": claim.id, "token": claim.token, "conversation": claim.conversation}
         return bool(self._do(verb, **key, **values))
 
+    def _tokens(self, verb: str, claims: list[Claim], **values: Any) -> set[str]:
+        tokens = json.dumps({claim.id: claim.token for claim in claims})
+        return {token for (token,) in self._do(verb, claims=tokens, **values)}
+
     def add(self, id: str, conversation: str, data: Data) -> bool:
         """Keep a message on disk; False if this id was added before."""
         values = {"id": id, "conversation": conversation, "data": json.dumps(data)}
@@ -89,8 +93,8 @@ class Store:
         without a finish or a release is set aside instead.
         """
         while rows := self._do("claim", new=uuid.uuid4().hex, lease=LEASE):
-            claim, attempts = _read_claim(*rows[0])
-            if attempts <= MAX_ATTEMPTS:
+            claim, spent = _read_claim(rows[0])
+            if not spent:
                 return claim
             self.set_aside(claim, f"its work was cut short {MAX_ATTEMPTS} times")
         return None
@@ -98,8 +102,7 @@ class Store:
     def renew(self, claims: Iterable[Claim]) -> list[Claim]:
         """Make claims last LEASE seconds from now; return those that were lost."""
         claims = list(claims)
-        rows = self._do("renew", lease=LEASE, claims=_tokens(claims))
-        held = {token for (token,) in rows}
+        held = self._tokens("renew", claims, lease=LEASE)
         return [claim for claim in claims if claim.token not in held]
 
     def keep(
@@ -126,7 +129,7 @@ class Store:
 
         `failed` counts this claim against MAX_ATTEMPTS.
         """
-        self._held("release", claim, delay=delay, back=int(not failed))
+        self._held("release", claim, delay=delay, back=int(failed) - 1)
 
     def set_aside(self, claim: Claim, reason: str) -> None:
         """Give a message up, until an operator looks, and free its conversation."""
@@ -150,7 +153,7 @@ class Store:
     def stops(self, claims: Iterable[Claim]) -> list[Claim]:
         """Return those of the claims that were marked by request_stop."""
         claims = list(claims)
-        marked = {token for (token,) in self._do("stops", claims=_tokens(claims))}
+        marked = self._tokens("stops", claims)
         return [claim for claim in claims if claim.token in marked]
 
     def history(self, conversation: str, limit: int) -> list[tuple[Data, str]]:
@@ -210,14 +213,12 @@ def _load(text: str | None) -> Any:
         raise StoreError("the store holds a text that is not JSON") from None
 
 
-def _tokens(claims: Iterable[Claim]) -> str:
-    return json.dumps({claim.id: claim.token for claim in claims})
-
-
-def _read_claim(*row: Any) -> tuple[Claim, int]:
-    seq, id, conversation, data, token, reply, progress, accepted, attempts = row
-    given = _load(data), token, _load(reply), _load(progress) or {}, float(accepted)
-    return Claim(int(seq), id, conversation, *given), int(attempts)
+def _read_claim(row: Iterable[Any]) -> tuple[Claim, bool]:
+    seq, id, conversation, *texts, token, accepted, attempts = row
+    spent = int(attempts) > MAX_ATTEMPTS  # perhaps because its texts cannot be read
+    data, reply, progress = (None if spent else _load(text) for text in texts)
+    given = data or {}, token, reply, progress or {}, float(accepted)
+    return Claim(int(seq), id, conversation, *given), spent
 
 
 def open_store(database: str, redis_url: str = "") -> Store:
@@ -269,9 +270,9 @@ _SQL = {
     "claim": (
         """UPDATE message SET token = :new, due = :now + :lease,
             attempts = attempts + 1
-        WHERE seq = (SELECT seq FROM message WHERE state = 'next' AND due <= :now
-            ORDER BY due LIMIT 1)
-        RETURNING seq, id, conversation, data, token, reply, progress, accepted,
+        WHERE seq = (SELECT seq FROM message INDEXED BY message_due
+            WHERE state = 'next' AND due <= :now ORDER BY due LIMIT 1)
+        RETURNING seq, id, conversation, data, reply, progress, token, accepted,
             attempts""",
     ),
     "renew": (
@@ -292,7 +293,7 @@ _SQL = {
     ),
     "release": (
         f"""UPDATE message SET token = NULL, due = :now + :delay,
-            attempts = attempts - :back {_HELD}""",
+            attempts = attempts + :back {_HELD}""",
     ),
     "set_aside": (
         f"""UPDATE message SET state = 'failed', token = NULL, ended = :now,
@@ -336,8 +337,8 @@ _SQL = {
         AND conversation = :conversation""",
     ),
     "due": (
-        """SELECT count(*) FROM (SELECT 1 FROM message WHERE state = 'next'
-        AND due <= :now LIMIT :limit)""",
+        """SELECT count(*) FROM (SELECT 1 FROM message INDEXED BY message_due
+        WHERE state = 'next' AND due <= :now LIMIT :limit)""",
     ),
     "count": (
         """INSERT INTO counter VALUES
@@ -354,7 +355,7 @@ _SQL = {
     "stats": (
         """SELECT waiting + heads - held, held, failed, :now - oldest FROM
         (SELECT count(*) AS heads, count(token) AS held, min(accepted) AS oldest
-            FROM message WHERE state = 'next'),
+            FROM message INDEXED BY message_due WHERE state = 'next'),
         (SELECT count(*) AS waiting FROM message WHERE state = 'waiting'),
         (SELECT count(*) AS failed FROM message WHERE state = 'failed')""",
     ),
@@ -374,18 +375,31 @@ class SQLiteStore(Store):
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
         try:
             self._writer, self._reader = self._connect(path), self._connect(path)
+            self._insist("PRAGMA journal_mode = WAL")
             self._writer.executescript(_SCHEMA)
+            self._writer.execute("PRAGMA secure_delete = ON")
+            self._writer.execute("PRAGMA busy_timeout = 5")  # milliseconds
         except sqlite3.Error as error:
             raise StoreError(f"the database {path} cannot be opened: {error}") from None
 
     @staticmethod
     def _connect(path: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(
+        return sqlite3.connect(
             path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA secure_delete = ON")
-        return connection
+
+    def _insist(self, sql: str) -> None:
+        """Do it when the lock is free. SQLite does not always wait, and when it does,
+        it looks so seldom that busy processes let others starve."""
+        deadline = time.monotonic() + BUSY_TIMEOUT
+        while True:
+            try:
+                self._writer.execute(sql).fetchall()
+                return
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() > deadline:
+                    raise
 
     def _run(self, verb: str, values: Data) -> Any:
         if _SQL[verb][0].startswith("SELECT"):
@@ -405,7 +419,7 @@ class SQLiteStore(Store):
         try:
             level = "FULL" if durable else "NORMAL"
             self._writer.execute(f"PRAGMA synchronous = {level}")
-            self._writer.execute("BEGIN IMMEDIATE")
+            self._insist("BEGIN IMMEDIATE")
             results = [self._step(verb, values) for _, verb, values in jobs]
             self._writer.execute("COMMIT")
         except Exception as error:
@@ -451,9 +465,9 @@ class SQLiteStore(Store):
             self._reader.close()
 
 
-# A hash per message. `turn`, a sorted set of seqs per conversation, has all that are not
-# answered, `head` says which of them is first. `next` has the heads by due, `held` those
-# with a claim, `open` all by accepted. `ended` keeps the ids, `done` the memory.
+# A hash per message. `turn`, a sorted set of seqs per conversation, has all that are
+# not answered, `head` says which of them is first. `next` has the heads by due, `held`
+# those with a claim, `open` all by accepted. `ended` keeps the ids, `done` the memory.
 _LUA = """
 local call, verbs, a = redis.call, {}, cjson.decode(ARGV[2])
 local time = call('TIME')
@@ -469,7 +483,7 @@ local function set(id, ...) return call('HSET', message(id), ...) end
 local function held(id, token) return get(id, 'token')[1] == token end
 local function drop(id)
     call('ZREM', FAILED, id)
-    return call('DEL', message(id))
+    call('DEL', message(id))
 end
 local function promote(conversation)
     local id = call('ZRANGE', key('turn', conversation), 0, 0)[1]
@@ -483,7 +497,6 @@ local function close(id)
     for _, from in ipairs({TURN, OPEN, NEXT}) do call('ZREM', from, id) end
     call('ZADD', ENDED, now, id)
     promote(a.conversation)
-    return 1
 end
 local function each_held(change)
     local rows = {}
@@ -493,15 +506,14 @@ local function each_held(change)
     return rows
 end
 function verbs.add()
-    local known = call('EXISTS', message(a.id)) == 1 or call('ZSCORE', ENDED, a.id)
-    if known then return 0 end
+    if call('EXISTS', message(a.id)) == 1 then return 0 end
+    if call('ZSCORE', ENDED, a.id) then return 0 end
     local seq = call('INCR', key('seq'))
     set(a.id, 'seq', seq, 'id', a.id, 'conversation', a.conversation,
         'data', a.data, 'accepted', now, 'attempts', 0, 'remember', 1)
     call('ZADD', TURN, seq, a.id)
     call('ZADD', OPEN, now, a.id)
     if call('HEXISTS', HEAD, a.conversation) == 0 then promote(a.conversation) end
-    return 1
 end
 function verbs.claim()
     local id = call('ZRANGEBYSCORE', NEXT, '-inf', now, 'LIMIT', 0, 1)[1]
@@ -510,36 +522,34 @@ function verbs.claim()
     call('SADD', HELD, id)
     call('HINCRBY', message(id), 'attempts', 1)
     set(id, 'token', a.new)
-    return {get(id, 'seq', 'id', 'conversation', 'data', 'token', 'reply', 'progress',
+    return {get(id, 'seq', 'id', 'conversation', 'data', 'reply', 'progress', 'token',
         'accepted', 'attempts')}
 end
 function verbs.renew()
     return each_held(function(id) return call('ZADD', NEXT, now + a.lease, id) end)
 end
 function verbs.keep()
-    if a.reply ~= cjson.null then set(a.id, 'reply', a.reply, 'remember', a.remember) end
-    if a.progress ~= cjson.null then set(a.id, 'progress', a.progress) end
-    return 1
+    local reply, progress = a.reply ~= cjson.null, a.progress ~= cjson.null
+    if reply then set(a.id, 'reply', a.reply, 'remember', a.remember) end
+    if progress then set(a.id, 'progress', a.progress) end
 end
 function verbs.finish()
     local reply, remember = unpack(get(a.id, 'reply', 'remember'))
     close(a.id)
-    if not reply or remember == '0' then return drop(a.id) end
     call('HDEL', message(a.id), 'progress')
-    if call('RPUSH', DONE, a.id) > a.most then drop(call('LPOP', DONE)) end
-    return 1
+    if not reply or remember == '0' then drop(a.id)
+    elseif call('RPUSH', DONE, a.id) > a.most then drop(call('LPOP', DONE)) end
 end
 function verbs.release()
     call('HDEL', message(a.id), 'token')
     call('SREM', HELD, a.id)
-    call('HINCRBY', message(a.id), 'attempts', -a.back)
+    call('HINCRBY', message(a.id), 'attempts', a.back)
     call('ZADD', NEXT, now + a.delay, a.id)
-    return 1
 end
 function verbs.set_aside()
     set(a.id, 'reason', a.reason)
     call('ZADD', FAILED, get(a.id, 'seq')[1], a.id)
-    return close(a.id)
+    close(a.id)
 end
 function verbs.failed()
     local rows = {}
@@ -576,7 +586,6 @@ function verbs.request_stop()
     local id = call('HGET', HEAD, a.conversation)
     if not id or call('SISMEMBER', HELD, id) == 0 then return 0 end
     set(id, 'stop', 1)
-    return 1
 end
 function verbs.stops()
     return each_held(function(id) return get(id, 'stop')[1] end)
@@ -625,7 +634,7 @@ end
 -- add is refused, and what waits can be answered.
 if ARGV[1] ~= 'add' then call('DEL', key('nothing')) end
 if a.token and not held(a.id, a.token) then return 0 end
-return verbs[ARGV[1]]()
+return verbs[ARGV[1]]() or 1
 """
 
 
@@ -635,8 +644,6 @@ class RedisStore(Store):
     def __init__(self, url: str) -> None:
         try:
             from redis import Redis, RedisError
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
         except ImportError:
             raise StoreError(
                 "REDIS_URL is set but the package redis is missing: enable the line "
@@ -648,7 +655,6 @@ class RedisStore(Store):
                 url,
                 decode_responses=True,
                 protocol=2,
-                retry=Retry(NoBackoff(), 0),
                 socket_timeout=REDIS_TIMEOUT,
                 socket_connect_timeout=REDIS_TIMEOUT,
             )
