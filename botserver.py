@@ -35,7 +35,7 @@ from werkzeug.exceptions import HTTPException
 import providers
 import tim
 from providers import PROVIDERS, Call, Provider, ProviderError, Replace
-from store import Claim, Store, StoreError, open_store
+from store import REMEMBERED, Claim, Store, StoreError, open_store
 from usersig import BadSignature, check_callback, gen_user_sig
 
 __version__ = "1.0.0"
@@ -151,7 +151,7 @@ class Config:
     database: str = setting("botserver.db")
     redis_url: str = setting("", secret=True)
     retention_days: float = setting(7.0, low=1)
-    history_turns: int = setting(20)
+    history_turns: int = setting(20, high=REMEMBERED)
     group_memory: str = setting("group", choices=("group", "member"))
     rate_limit: int = setting(20)  # messages a user a minute; 0 for no limit
     max_waiting: int = setting(20, low=1)  # messages of one conversation
@@ -205,8 +205,8 @@ def _read(text: Any, kind: str, limits: Mapping[str, Any]) -> Any:
     readers: dict[str, Callable[[], Any]] = {
         "str": lambda: text,
         "bool": lambda: text.lower() in ("1", "true", "yes"),
-        "int": lambda: _read_number(text, int, limits["low"]),
-        "float": lambda: _read_number(text, float, limits["low"]),
+        "int": lambda: _read_number(text, int, limits),
+        "float": lambda: _read_number(text, float, limits),
         "tuple[str, ...]": lambda: tuple(filter(None, map(str.strip, text.split(",")))),
         "dict[str, Any]": lambda: _read_object(text),
         "dict[str, Persona]": lambda: _read_robots(text, limits["file"]),
@@ -214,13 +214,17 @@ def _read(text: Any, kind: str, limits: Mapping[str, Any]) -> Any:
     return readers[kind]()
 
 
-def _read_number(text: str, kind: type[int] | type[float], low: float) -> float:
+def _read_number(
+    text: str, kind: type[int] | type[float], limits: Mapping[str, Any]
+) -> float:
+    low, high = limits["low"], limits.get("high", 2**53)
     try:
         number = kind(text)
     except ValueError:
         number = -1
-    if not low <= number < 2**53:
-        raise ValueError(f"must be a number of at least {low}")
+    if not low <= number <= high:
+        most = f" and at most {high}" if "high" in limits else ""
+        raise ValueError(f"must be a number of at least {low}{most}")
     return number
 
 
