@@ -1,32 +1,29 @@
 """The AI services: a chat goes in, the answer comes out as chunks of text.
 
-To add a service that speaks OpenAI's format, add a line to PROVIDERS. For one that does
-not, write a generator like `openai_stream` and name it in that line. Every provider keeps
-the same promises: an end within the deadline, no thinking in the answer, three tries where
+To add a service that speaks OpenAI's format, add a line to PROVIDERS; for one that
+does not, write a function like `minimax_completion` and name it there. All keep the
+same promises: an end within the deadline, no thinking in the answer, three tries where
 trying again may help, and a ProviderError for whatever goes wrong.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from itertools import chain
 from typing import Any
-from urllib.parse import urlencode
 
 import jwt
 import requests
-from requests import exceptions
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
@@ -34,31 +31,28 @@ CONNECT_TIMEOUT = 5  # seconds
 TRIES = {"busy": 3, "once": 2}  # by ProviderError.kind; any other kind has one try
 LONGEST_WAIT = 60  # seconds of Retry-After that are honoured
 LONGEST_LINE = 1 << 20  # bytes of one event
-LONGEST_ANSWER = 4 << 20  # bytes on the wire
+LONGEST_ANSWER = 8 << 20  # bytes on the wire
 MAX_TOKENS = 8192  # of one answer, unless AI_EXTRA_BODY says otherwise
 
+HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+
 Json = dict[str, Any]
+Chunks = Iterator[str]
+Content = tuple[str, bool]  # a text of the answer, and whether it is all of it so far
 
 
 class ProviderError(Exception):
-    """The service gave no answer; the text is for the operator, `kind` for the user:
+    """The service gave no answer; the text is for the operator, `kind` for the user.
 
-    busy, once  it may do better later      slow    no whole answer within the deadline
-    quota       balance or allowance spent  filter  stopped by a content filter
-    long        the chat is too long        empty   an answer without text
-    setup       key, address, model or parameters are wrong
-    stopped     ended by Call.stop
+    busy, once: it may do better later; quota: balance or allowance spent; filter: a
+    content filter; long: the chat is too long; slow: no end within the deadline; empty:
+    no text; setup: key, address, model or parameters are wrong; stopped: by Call.stop.
     """
 
     def __init__(self, kind: str, details: str, wait: float | None = None) -> None:
         super().__init__(details)
-        self.kind = kind
+        self.kind, self.retry = kind, kind in TRIES
         self.wait = wait  # seconds, from Retry-After
-
-    @property
-    def retry(self) -> bool:
-        """Whether asking again may help."""
-        return self.kind in TRIES
 
 
 class Replace(str):
@@ -68,19 +62,19 @@ class Replace(str):
 class Call:
     """One question: its deadline, and the means to end it from another thread.
 
-    A timeout of `requests` bounds the wait for the next byte, not the whole, and not the
-    headers. So a watch shuts the socket of every call whose time is over.
+    A timeout of `requests` bounds the wait for the next byte, not for all of them, and
+    before the headers it has nothing to close. So a call knows the socket it waits on,
+    and one thread watches over all calls.
     """
 
-    _open: set[Call] = set()
-    _guard = threading.Lock()  # of _open and of every _socket
-    _watch: threading.Thread | None = None
-    _here = threading.local()  # .call is the call of this thread
+    here = threading.local()  # .call is what this thread is at
+    open: set[Call] = set()
+    watch: threading.Thread | None = None
 
     def __init__(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
         self.stopped = threading.Event()
-        self._socket: socket.socket | None = None
+        self.socket: socket.socket | None = None
 
     def left(self) -> float:
         """Return the seconds until the deadline, never below 0."""
@@ -96,76 +90,54 @@ class Call:
     def stop(self) -> None:
         """End the call: its reader gets a ProviderError at once."""
         self.stopped.set()
-        with self._guard:
-            self._shut()
+        self.shut()
 
-    def _shut(self) -> None:
-        try:
-            if self._socket:
-                self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is closed already
+    def shut(self) -> None:
+        """Wake the reader, which then finds its connection cut."""
+        if held := self.socket:
+            with suppress(OSError):  # closed already; and SSLSocket's would unwrap TLS
+                socket.socket.shutdown(held, socket.SHUT_RDWR)
 
     def __enter__(self) -> Call:
-        with self._guard:
-            self._open.add(self)
-            if not Call._watch:
-                Call._watch = threading.Thread(target=self._watch_all, daemon=True)
-                Call._watch.start()
-        self._here.call = self
+        self.here.call = self
+        self.open.add(self)
+        if not Call.watch:
+            Call.watch = threading.Thread(target=self._watch_all, daemon=True)
+            Call.watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._here.call = None
-        with self._guard:
-            self._open.discard(self)
-            self._socket = None
+        self.open.discard(self)
+        self.socket = None
 
     @classmethod
     def _watch_all(cls) -> None:
         while True:
             time.sleep(0.25)
-            with cls._guard:
-                for call in cls._open:
-                    if not call.left():
-                        call._shut()
+            for call in cls.open.copy():
+                if not call.left():
+                    call.shut()
 
-    @classmethod
-    def waits_on(cls, connection: socket.socket) -> None:
-        """Note the socket on which the call of this thread is about to wait."""
-        if call := getattr(cls._here, "call", None):
-            with cls._guard:
-                call._socket = connection
-            if call.stopped.is_set():
-                call.stop()
+
+class _Watched:
+    """A connection that tells the call of its thread which socket it uses."""
+
+    sock: socket.socket | None
+
+    def send(self, data: Any) -> None:
+        if not self.sock:
+            self.connect()  # type: ignore[attr-defined]
+        Call.here.call.socket = self.sock
+        Call.here.call.check()
+        super().send(data)  # type: ignore[misc]
 
 
 class _Adapter(HTTPAdapter):
-    """Tells the Call its socket when the request is out and no header has come yet."""
-
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
         if not issubclass(pool.ConnectionCls, _Watched):
             pool.ConnectionCls = type("_", (_Watched, pool.ConnectionCls), {})
         return pool
-
-
-class _Watched:
-    def getresponse(self) -> Any:
-        Call.waits_on(self.sock)  # type: ignore[attr-defined]
-        return super().getresponse()  # type: ignore[misc]
-
-
-class _Key(requests.auth.AuthBase):
-    """Sets the key as an auth object: else an entry in ~/.netrc would replace it."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.key:
-            request.headers["Authorization"] = f"Bearer {self.key}"
-        return request
 
 
 def open_session(threads: int) -> requests.Session:
@@ -184,23 +156,21 @@ def _kinds(**codes: str) -> dict[str, str]:
     return {code: kind for kind, listed in codes.items() for code in listed.split()}
 
 
-STATUS = _kinds(
-    busy="408 409 429 500 502 503 504 529", quota="402", filter="451", long="413"
-)
-NAMES = _kinds(  # error.code or error.type where services follow OpenAI
+STATUS = _kinds(busy="408 409 429", quota="402", filter="451", long="413")
+NAMES = _kinds(  # what error.code, error.type or finish_reason may say
     quota="insufficient_quota exceeded_current_quota_error QuotaExceeded Arrearage "
-    "SetLimitExceeded AccountOverdueError AccessDenied.Unpurchased",
+    "SetLimitExceeded AccountOverdueError AccessDenied.Unpurchased "
+    "Throttling.AllocationQuota",
     filter="content_filter DataInspectionFailed data_inspection_failed sensitive",
     long="context_length_exceeded model_context_window_exceeded",
-    once="RequestTimeOut Throttling.AllocationQuota",
-    busy="network_error error",  # these and more of NAMES also end a stream
+    once="RequestTimeOut",
+    busy="error network_error server_error overloaded_error ServerOverloaded",
 )
 MINIMAX = _kinds(  # https://platform.minimax.io/docs/api-reference/errorcode
     busy="1000 1001 1002 1013 1024 1033 1041 2045",
     once="1039",
     filter="1026 1027",
     quota="1008 1028 1030 2054 2056 2061",
-    setup="1004 1042 1043 1044 2013 2037 2038 2039 2042 2048 2049 20132",
 )
 ZHIPU = _kinds(  # https://docs.bigmodel.cn/cn/api/api-code
     busy="500 1120 1234 1302 1303 1305 1312",
@@ -208,16 +178,8 @@ ZHIPU = _kinds(  # https://docs.bigmodel.cn/cn/api/api-code
     filter="1300 1301",
     quota="1113 1304 1308 1309 1310 1311 1313",
     long="1261",
-    setup="1000 1001 1002 1004 1100 1110 1111 1112 1121 1200 1210 1211 1212 1213 1214 "
-    "1215 1220 1221 1222 1231",
 )
-TRACES = ("Trace-Id", "minimax-request-id", "x-mm-request-id", "x-request-id")
-_BAD_SETTING = (
-    exceptions.InvalidHeader,
-    exceptions.InvalidURL,
-    exceptions.InvalidSchema,
-    exceptions.MissingSchema,
-)
+TRACES = ("trace-id", "minimax-request-id", "x-mm-request-id", "x-request-id")
 
 
 @dataclass(frozen=True)
@@ -227,12 +189,12 @@ class Service:
     url: str
     model: str
     extra: Json = field(default_factory=dict)  # merged into every request
-    cap: str = "max_tokens"  # the service's name for the limit on an answer's tokens
     codes: Mapping[str, str] = field(default_factory=dict)  # its own error codes
     token: Callable[[str], str] = str  # makes from the key what follows "Bearer"
+    cap: str = "max_tokens"  # its name for the limit on an answer's tokens
     keyless: bool = False
     images: bool = False  # whether the model reads pictures
-    stream: Callable[[Provider, list[Json], Call], Iterator[str]] | None = None
+    ask: Callable[[Provider, list[Json], Call], Chunks] | None = None
 
 
 @dataclass(frozen=True)
@@ -246,317 +208,351 @@ class Provider:
     extra: Json = field(default_factory=dict)
     http: requests.Session = field(default_factory=lambda: open_session(64), repr=False)
 
-    def chat(
-        self, messages: list[Json], call: Call, whole: bool = False
-    ) -> Iterator[str]:
+    def __post_init__(self) -> None:
+        key = self.key.strip().removeprefix("Bearer ").strip()
+        object.__setattr__(self, "key", key)
+
+    def chat(self, messages: list[Json], call: Call, whole: bool = False) -> Chunks:
         """Yield the answer as it comes, or in one piece if `whole`.
 
         `messages` are OpenAI's. It asks again where that may help, as long as nothing
         was yielded. Leaving the loop ends the call. Raises ProviderError.
         """
-        messages = [message for message in messages if message["content"]]
-        tried = 0
-        while True:
-            said = False
-            tried += 1
+        said = False
+        messages = [turn for turn in messages if str(turn["content"] or "").strip()]
+        for tried in range(1, 4):
             try:
-                with call:
-                    for chunk in self._answer(messages, call, whole):
-                        said = True
-                        yield chunk
+                for chunk in self._answer(messages, call, whole):
+                    said = True
+                    yield chunk
                 return
             except ProviderError as error:
-                if said or tried >= TRIES.get(error.kind, 1):
+                delay = error.wait or 2 ** (tried - 2) * random.uniform(0.75, 1)
+                too_late = delay > min(LONGEST_WAIT, call.left())
+                if said or too_late or tried >= TRIES.get(error.kind, 1):
                     raise
-                _pause(error, tried, call)
+                call.stopped.wait(delay)
 
-    def _answer(self, messages: list[Json], call: Call, whole: bool) -> Iterator[str]:
-        stream = self.service.stream or openai_stream
-        chunks = visible(stream(self, messages, call))
+    def _answer(self, messages: list[Json], call: Call, whole: bool) -> Chunks:
+        if not messages:
+            raise ProviderError("empty", "the question holds no text")
+        chunks = (self.service.ask or openai_chat)(self, messages, call)
         empty = True
         for chunk in [joined(chunks)] if whole else chunks:
-            empty = empty and not chunk.strip()
-            yield from [chunk] if chunk else []
+            empty = (empty or isinstance(chunk, Replace)) and not chunk.strip()
+            if not empty or isinstance(chunk, Replace):
+                yield chunk
         if empty:
             raise ProviderError("empty", "the answer holds no text")
 
-    def body(self, messages: list[Json]) -> Json:
-        """Return a request in OpenAI's format; null in an extra takes a field out."""
-        fields = {
-            "model": self.model or self.service.model,
-            "messages": messages,
-            "stream": True,
-            self.service.cap: MAX_TOKENS,
-            **self.service.extra,
-            **self.extra,
-        }
+    def body(self, **fields: Any) -> Json:
+        """Return a request's body; a null in an extra takes a field out."""
+        fields |= {"model": self.model or self.service.model}
+        fields |= {self.service.cap: MAX_TOKENS, **self.service.extra, **self.extra}
         return {name: value for name, value in fields.items() if value is not None}
 
+    def stream(self, path: str, body: Json, call: Call) -> Chunks:
+        """Send a request and yield the text of the answer, without its thinking."""
+        with self._post(path, body, call) as response:
+            yield from visible(new_text(self._contents(response, call)))
+
     @contextmanager
-    def post(self, path: str, body: Json, call: Call) -> Iterator[requests.Response]:
+    def _post(self, path: str, body: Json, call: Call) -> Iterator[requests.Response]:
         """Send a request, yield the response if it is a 200. Raises ProviderError."""
         call.check()
         try:
-            with self.http.post(
-                (self.url or self.service.url).rstrip("/") + path,
-                data=json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"),
-                headers={
-                    "Content-Type": "application/json",
-                    "Accept-Encoding": "identity",
-                },
-                auth=_Key(self.service.token(self.key)),
-                timeout=(CONNECT_TIMEOUT, max(0.1, call.left())),
-                stream=True,
-                allow_redirects=False,
-            ) as response:
+            with (
+                call,
+                self.http.post(
+                    (self.url or self.service.url).rstrip("/") + path,
+                    data=json.dumps(body, ensure_ascii=False).encode(
+                        "utf-8", "replace"
+                    ),
+                    headers=HEADERS,
+                    auth=self._sign,
+                    # The first is for each address of a host, and it may have several.
+                    timeout=(
+                        min(CONNECT_TIMEOUT, call.left() / 4 + 0.1),
+                        call.left() + 1,
+                    ),
+                    stream=True,
+                    allow_redirects=False,
+                ) as response,
+            ):
                 if response.status_code != 200:
-                    raise self._refusal(response, call)
+                    text = b"\n".join(lines(response, call))
+                    raise self.error(_json(text), response)
                 yield response
-        except (requests.RequestException, HTTPError, OSError) as error:
+                _finish(response, call)
+        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             call.check()
-            kind = "setup" if isinstance(error, _BAD_SETTING) else "busy"
+            kind = "setup" if isinstance(error, ValueError) else "busy"
             name = type(error).__name__  # its text may hold the key
             raise ProviderError(kind, f"no connection, or cut: {name}") from None
 
-    def _refusal(self, response: requests.Response, call: Call) -> ProviderError:
-        status = response.status_code
-        if 300 <= status < 400:
-            return ProviderError("setup", f"HTTP {status}: AI_BASE_URL is redirected")
-        text = b"".join(pieces(response, call)).decode("utf-8", "replace")
-        try:
-            return self.error(json.loads(text), status, response.headers)
-        except (ValueError, RecursionError):
-            return self.error(text, status, response.headers)
+    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Set the key, as an `auth`: else an entry in ~/.netrc would replace it."""
+        token = self.service.token(self.key)
+        if not (token.isascii() and token.isprintable()):
+            raise ProviderError("setup", "AI_SECRET_KEY has a character no key has")
+        if token:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
 
-    def error(
-        self, body: Any, status: int = 200, headers: Mapping[str, str] | None = None
-    ) -> ProviderError:
-        """Return the error that a response's body, HTTP status and headers mean."""
-        code, name, text = read_error(body)
-        headers = headers or {}
-        kind = (
-            self.service.codes.get(code)
-            or NAMES.get(code)
-            or NAMES.get(name)
-            or ("filter" if "SensitiveContent" in code else None)
-            or STATUS.get(code[:3] if status == 200 else str(status))
-            or ("busy" if status > 500 else "setup")
-        )
-        trace = next((headers[name] for name in TRACES if name in headers), "-")
-        details = f"HTTP {status}, code {code or name or '-'}, trace {trace}: {text}"
-        if self.key:
-            details = details.replace(self.key, "***")
-        return ProviderError(kind, details[:600], retry_after(headers))
+    def error(self, body: Json, response: requests.Response) -> ProviderError:
+        """Return the error that a body, its HTTP status and headers mean."""
+        status, headers = response.status_code, response.headers
+        source = find_error(body) or body
+        text = str(source.get("message") or source.get("msg") or source)
+        in_text = re.search(r"\((\d{3,5})\)\s*$", text)  # MiniMax: "invalid key (2049)"
+        code = str(source.get("code") or (in_text[1] if in_text else ""))
+        name = str(source.get("type") or "")
+        traces = [*map(headers.get, TRACES), body.get("request_id"), body.get("id")]
+        trace = next(filter(None, traces), "-")
+        text = " ".join((text.replace(self.key, "***") if self.key else text).split())
+        details = f"HTTP {status}, code {code or name or '-'}, trace {trace}: "
+        kind = self._kind(code, name, str(status))
+        return ProviderError(kind, details + text[:500], retry_after(headers))
+
+    def _kind(self, code: str, name: str, status: str) -> str:
+        codes = self.service.codes
+        if code in codes or codes and re.fullmatch(r"\d{4,}", code):
+            return codes.get(code, "setup")
+        if status == "200" and re.fullmatch(r"[45]\d\d(\d{3})?", code):
+            status = code[:3]  # OpenRouter and TokenHub repeat the HTTP status there
+        if "SensitiveContent" in code:
+            code = "sensitive"  # Ark has a code for each kind of it
+        kind = NAMES.get(code) or NAMES.get(name)
+        if not kind or kind == "busy" and status != "200":  # the status knows better
+            kind = STATUS.get(status, "busy" if status >= "500" else "setup")
+        return kind
+
+    def _contents(self, response: requests.Response, call: Call) -> Iterator[Content]:
+        """Yield what the events of an answer hold; raise unless an end is said."""
+        for event in events(response, call):
+            if event is None:
+                return
+            if find_error(event):
+                raise self.error(event, response)
+            choices = event.get("choices")
+            choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
+            message = choice.get("message")
+            text = _dict(message or choice.get("delta")).get("content")
+            text = text or event.get("reply")
+            if text and isinstance(text, str):
+                yield text, bool(message)
+            finish = str(choice.get("finish_reason") or "")
+            if finish in NAMES:
+                raise ProviderError(NAMES[finish], f"the answer ended with {finish}")
+            if finish:
+                return
+        raise ProviderError("busy", "the answer broke off")
 
 
-def _pause(error: ProviderError, tried: int, call: Call) -> None:
-    """Wait before the next try; raise the error if there is no time for one."""
-    delay = 0.5 * 2 ** (tried - 1) * random.uniform(0.75, 1)
-    delay = delay if error.wait is None else error.wait
-    if delay > LONGEST_WAIT or delay >= call.left():
-        raise error
-    if call.stopped.wait(delay):
-        call.check()
+def _finish(response: requests.Response, call: Call) -> None:
+    """Read what follows an answer, so that the connection can serve the next."""
+    with suppress(HTTPError, OSError):
+        if call.socket:
+            call.socket.settimeout(0.05)
+        for _ in range(3):
+            if not response.raw.read1(65536):
+                break
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds a service asks us to wait, None if it says nothing usable."""
-    wait, scale = headers.get("retry-after-ms"), 1000
-    if wait is None:
-        wait, scale = headers.get("Retry-After", ""), 1
-    try:
-        seconds = float(wait) / scale
-    except ValueError:
+    for name, unit in (("retry-after-ms", 1000), ("Retry-After", 1)):
+        text, seconds = headers.get(name, ""), 0.0
         try:
-            seconds = parsedate_to_datetime(wait).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return seconds if math.isfinite(seconds) and seconds > 0 else None
+            seconds = float(text) / unit
+        except ValueError:
+            with suppress(ValueError, OverflowError):
+                seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        if 0 < seconds < float("inf"):
+            return seconds
+    return None
 
 
-def read_error(body: Any) -> tuple[str, str, str]:
-    """Return (code, type, message) from whatever shape a service gives its errors."""
-    if not isinstance(body, dict):
-        return "", "", str(body)
-    error, base = body.get("error"), body.get("base_resp")
-    if isinstance(error, dict):
-        source = error
-    elif isinstance(base, dict) and base.get("status_code"):
-        source = {"code": base["status_code"], "message": base.get("status_msg")}
-    else:
-        source = body | ({"message": error} if error else {})
-    text = str(source.get("message") or source.get("msg") or source)
-    in_text = re.search(r"\((\d{3,5})\)\s*$", text)  # MiniMax: "invalid api key (2049)"
-    code = in_text[1] if in_text else str(source.get("code") or "")
-    return code, str(source.get("type") or ""), text
+def _dict(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
 
 
-def pieces(response: requests.Response, call: Call) -> Iterator[bytes]:
-    """Yield a body as it arrives, until the deadline and up to LONGEST_ANSWER."""
-    size = 0
-    while piece := response.raw.read1(65536, decode_content=True):
-        call.check()
-        size += len(piece)
-        if size > LONGEST_ANSWER:
-            raise ProviderError("setup", f"the answer has over {LONGEST_ANSWER} bytes")
-        yield piece
-    call.check()
+def find_error(body: Json) -> Json:
+    """Return the part of a body that tells of an error, nothing if there is none."""
+    error, base = body.get("error"), _dict(body.get("base_resp"))
+    if error:
+        return error if isinstance(error, dict) else {**body, "message": error}
+    if str(base.get("status_code") or 0) != "0":
+        return {"code": base["status_code"], "message": base.get("status_msg")}
+    odd = "choices" not in body and ("message" in body or "code" in body)
+    return body if odd else {}
 
 
 def lines(response: requests.Response, call: Call) -> Iterator[bytes]:
-    """Yield a body's lines, as bytes: half a line may end within a character."""
-    rest = bytearray()
-    for piece in pieces(response, call):
+    """Yield a body's lines as they arrive, as bytes: a piece may end in a character."""
+    rest, size = bytearray(), 0
+    while piece := response.raw.read1(65536, decode_content=True):
+        call.check()
+        size += len(piece)
         rest += piece
         if b"\n" in piece:
             *whole, last = bytes(rest).split(b"\n")
             rest = bytearray(last)
             yield from whole
-        if len(rest) > LONGEST_LINE:
-            raise ProviderError("setup", f"a line has over {LONGEST_LINE} bytes")
+        if len(rest) > LONGEST_LINE or size > LONGEST_ANSWER:
+            raise ProviderError("setup", "the service sent more than an answer can be")
+    call.check()
+    call.socket = None  # from here on it may serve another call
     yield bytes(rest)
 
 
 def events(response: requests.Response, call: Call) -> Iterator[Json | None]:
-    """Yield the JSON of each event, None for [DONE].
+    """Yield the JSON of each event, None for the end if one is said.
 
     Some services answer with one plain JSON text although a stream was asked for.
     """
     plain = []
     for line in lines(response, call):
         name, _, data = line.strip().partition(b":")
-        if name == b"data" and data.strip().startswith(b"[DONE]"):
-            yield None
-        elif name == b"data" and data.strip():
-            yield _json(data)
+        if name == b"data" and data.strip():
+            yield None if data.strip() == b"[DONE]" else _json(data)
         elif name not in (b"", b"data", b"event", b"id", b"retry"):
             plain.append(line)
     if plain:
         yield _json(b"\n".join(plain))
+        yield None
 
 
 def _json(text: bytes) -> Json:
+    """Return the object a text holds, or an error's if it holds none."""
     try:
         value = json.loads(text.decode())
-    except (ValueError, RecursionError):
-        raise ProviderError("busy", "the service sent what is not JSON") from None
+    except (ValueError, RecursionError):  # cut, or a page of HTML at a wrong address
+        kind = "" if text.lstrip().startswith(b"<") else "server_error"
+        told = "broken JSON" if b"{" in text else text.decode("utf-8", "replace")
+        value = {"error": {"type": kind, "message": told}}
     return value if isinstance(value, dict) else {"error": str(value)}
 
 
-def openai_stream(
-    provider: Provider, messages: list[Json], call: Call
-) -> Iterator[str]:
-    """Ask a service that has OpenAI's format and yield the text of its answer."""
-    with provider.post("/chat/completions", provider.body(messages), call) as response:
-        yield from new_text(_contents(provider, events(response, call)))
-
-
-def _contents(
-    provider: Provider, stream: Iterator[Json | None]
-) -> Iterator[tuple[str, bool]]:
-    """Yield (text, whether it is the whole answer); raise unless an end was said."""
-    ended = False
-    for event in stream:
-        if event is None:
-            return
-        base, choices = event.get("base_resp"), event.get("choices")
-        failed = isinstance(base, dict) and base.get("status_code")
-        odd = "choices" not in event and ("message" in event or "code" in event)
-        if failed or odd or event.get("error"):
-            raise provider.error(event)
-        choice = choices[0] if isinstance(choices, list) and choices else {}
-        whole = "message" in choice
-        said = choice.get("message" if whole else "delta")
-        if isinstance(said, dict) and isinstance(said.get("content"), str):
-            yield said["content"], whole
-        finish = str(choice.get("finish_reason") or "")
-        if finish in NAMES:
-            raise ProviderError(NAMES[finish], f"the answer ended with {finish}")
-        ended = ended or bool(finish)
-    if not ended:
-        raise ProviderError("busy", "the answer broke off")
-
-
-def new_text(chunks: Iterable[tuple[str, bool]]) -> Iterator[str]:
+def new_text(chunks: Iterable[Content]) -> Chunks:
     """Yield what is new in chunks that hold the next words, or again all words so far.
 
-    MiniMax was seen doing either. While every chunk begins with the one before, both
-    are possible, and only the first chunk is certain: the others wait for a decision.
+    MiniMax was seen doing either. Short chunks may look like both ("1", "10"): as long
+    as each begins with the one before they count as all words so far.
     """
-    said = words = last = ""
-    repeats, count = None, 0
+    said, joint, kind = "", "", ""  # the answer; all chunks in a row; what they hold
     for chunk, whole in chunks:
-        if repeats is None and last and chunk:
-            if not chunk.startswith(last):
-                repeats = False
-            elif len(last) >= 8:
-                repeats = True
-        if repeats is not False or whole:
-            words, last, count = words + chunk, chunk or last, count + bool(chunk)
-        if whole or repeats:
-            yield _change(said, chunk or said)
-            said = chunk or said
-        elif repeats is None and count == 1 and not said:
+        longer = len(chunk) > len(said) and chunk.startswith(said)
+        if longer and len(said) >= 8:
+            kind = "snapshots"
+        if chunk == said and len(said) >= 8:
+            continue
+        if kind == "deltas" and not whole:
+            said += chunk
             yield chunk
-            said = chunk
-        elif repeats is False:
-            yield words[len(said) :] + chunk
-            said = words = words + chunk
-    if repeats is None and count > 1:
-        yield _change(said, last if count > 2 or len(said) > 1 else words)
+            continue
+        joint += chunk
+        if not (whole or longer or kind):
+            kind, chunk = "deltas", joint
+        yield chunk[len(said) :] if chunk.startswith(said) else Replace(chunk)
+        said = chunk
 
 
-def _change(before: str, now: str) -> str:
-    return now[len(before) :] if now.startswith(before) else Replace(now)
+_TAG = re.compile(r"(</?(?:mm:)?think>\s{0,9})")
+# An end of a text that may go on as a tag, as the space after one, or as an emoji.
+_OPEN = re.compile(r"(?:<[/a-z:]{0,9}|</?(?:mm:)?think>\s{0,8}|[\ud800-\udbff])\Z")
+_QUOTES = " \t`'\"“‘「『《（([*"
 
 
-_THOUGHT = re.compile(r"\s*(<(?:mm:)?think>.*?)?</(?:mm:)?think>\s*", re.DOTALL)
-_OPEN = ("<think>", "<mm:think>", "</think>", "</mm:think>")
-_LONE_CLOSE = re.compile(r"\n\s*</(?:mm:)?think>\s*|</(?:mm:)?think>[ \t]*\n\s*")
-_UNSURE = re.compile(r"\s*(?:</?[a-z:]{0,8}|</(?:mm:)?think>[ \t]*)?$")
-
-
-def visible(chunks: Iterable[str]) -> Iterator[str]:
+def visible(chunks: Iterable[str]) -> Chunks:
     """Yield an answer without its thinking.
 
-    Thinking comes first, in <think>…</think>, of which the opening may be missing. A tag
-    quoted later, in the middle of a line, belongs to the answer.
+    Thinking comes first, in <think>…</think>, of which the opening may be missing. Tags
+    quoted later, in the middle of a line, belong to the answer.
     """
-    text, started = "", False  # what was not yet yielded; whether anything was
+    place, kind, before = "start", str, "\n"
+    for text in _tags_apart(chunks):
+        opens = text.startswith(("<think>", "<mm:think>"))
+        closes = text.startswith(("</think>", "</mm:think>"))
+        if isinstance(text, Replace):
+            place, kind = "start", Replace
+        elif place == "thinking":
+            place = "start" if closes else place
+        elif place == "start" and (opens or closes or text.isspace()):
+            place = "thinking" if opens else place
+        elif place == "answer" and closes and (before not in _QUOTES or "\n" in text):
+            place, kind = "start", Replace
+        else:
+            text = text.lstrip() if place == "start" else text
+            place = "quoting" if opens or place == "quoting" else "answer"
+            yield kind(text)
+            kind, before = str, text[-1]
+    if kind is Replace:
+        yield Replace("")
+
+
+def _tags_apart(chunks: Iterable[str]) -> Chunks:
+    """Yield the same text cut anew: each tag alone, with the white space after it."""
+    rest = ""
     for chunk in chain(chunks, [None]):
         if isinstance(chunk, Replace):
+            rest = ""
             yield Replace("")
-            text, started = "", False
-        text += chunk or ""
-        while not started and (thought := _THOUGHT.match(text)):
-            text = text[thought.end() :]
-        start = text.lstrip()
-        if not started and start.startswith(_OPEN):
-            continue
-        if not started and chunk and any(tag.startswith(start) for tag in _OPEN):
-            continue
-        if lone := _LONE_CLOSE.search(text):
-            yield Replace("")
-            text, started = text[lone.end() :], False
-        sure = len(text)
-        if chunk is not None and (tail := _UNSURE.search(text[-64:])):
-            sure -= len(tail[0])
-        if text[:sure]:
-            started = True
-            yield text[:sure]
-        text = text[sure:]
+        rest += chunk or ""
+        half = _OPEN.search(rest) if chunk is not None else None
+        end = half.start() if half else len(rest)
+        sure = rest[:end].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        yield from filter(None, _TAG.split(sure))
+        rest = rest[end:]
 
 
 def joined(chunks: Iterable[str]) -> str:
     """Return the whole text of a stream of chunks."""
-    text = ""
+    parts: list[str] = []
     for chunk in chunks:
-        text = chunk if isinstance(chunk, Replace) else text + chunk
-    return text
+        if isinstance(chunk, Replace):
+            parts.clear()
+        parts.append(chunk)
+    return "".join(parts)
+
+
+def openai_chat(provider: Provider, messages: list[Json], call: Call) -> Chunks:
+    """Ask a service that has OpenAI's format."""
+    body = provider.body(messages=messages, stream=True)
+    return provider.stream("/chat/completions", body, call)
+
+
+def minimax_completion(provider: Provider, messages: list[Json], call: Call) -> Chunks:
+    """Ask as Tencent's tutorial does: MiniMax's old endpoint, a prompt in, a reply out.
+
+    https://www.tencentcloud.com/document/product/1047/54925
+    """
+    try:  # an old key is a JWT that names its group; reading it decides nothing
+        claims = jwt.decode(provider.key, options={"verify_signature": False})
+    except jwt.PyJWTError:
+        claims = {}
+    group = claims.get("GroupID") or claims.get("group_id")
+    path = f"/text/completion?GroupId={group}" if group else "/text/completion"
+    talk = [f"{turn['role']}: {words(turn)}" for turn in messages] + ["assistant:"]
+    prompt = "\n".join(talk) if messages[1:] else words(messages[0])
+    return provider.stream(path, provider.body(prompt=prompt), call)
+
+
+def echo(provider: Provider, messages: list[Json], call: Call) -> Chunks:
+    """Say what the user said: for a machine without a key."""
+    yield words(messages[-1])
+
+
+def words(turn: Json) -> str:
+    """Return the text of a message, of which pictures may be a part."""
+    content = turn["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
 def zhipu_token(key: str) -> str:
-    """Return a fresh token made from Zhipu's id.secret key; other keys serve as they are.
+    """Return a fresh token made from Zhipu's id.secret key, or another key as it is.
 
     Both times are in milliseconds, unlike a usual JWT's.
     https://docs.bigmodel.cn/cn/guide/develop/http/introduction
@@ -572,93 +568,48 @@ def zhipu_token(key: str) -> str:
     )
 
 
-def minimax_completion(
-    provider: Provider, messages: list[Json], call: Call
-) -> Iterator[str]:
-    """Ask as Tencent's tutorial does: MiniMax's old endpoint, a prompt in, a reply out.
-
-    https://www.tencentcloud.com/document/product/1047/54925
-    """
-    try:  # an old key is a JWT that names its group; reading it decides nothing
-        claims = jwt.decode(provider.key, options={"verify_signature": False})
-        group = claims.get("GroupID") or claims.get("group_id")
-    except jwt.PyJWTError:
-        group = None
-    talk = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    body = provider.body([]) | {
-        "prompt": talk if messages[1:] else messages[0]["content"]
-    }
-    del body["messages"], body["stream"]
-    path = "/text/completion" + (f"?{urlencode({'GroupId': group})}" if group else "")
-    with provider.post(path, body, call) as response:
-        for event in events(response, call):
-            if not event or not event.get("reply"):
-                raise provider.error(event)
-            yield str(event["reply"])
-
-
-def echo(provider: Provider, messages: list[Json], call: Call) -> Iterator[str]:
-    """Say what the user said: for a machine without a key."""
-    yield str(messages[-1]["content"])
-
-
-_THINK_OFF: Json = {"thinking": {"type": "disabled"}}
-_NO_EFFORT: Json = {"reasoning_effort": "none"}
+OFF: Json = {"thinking": {"type": "disabled"}}
+NO_EFFORT: Json = {"reasoning_effort": "none"}
+NOT_ENABLED: Json = {"enable_thinking": False}
+CAP = "max_completion_tokens"
 
 # Addresses and models change: AI_BASE_URL and AI_MODEL take the place of these.
 PROVIDERS = {
     "minimax": Service(
-        "https://api.minimaxi.com/v1",
-        "MiniMax-M3",
-        _THINK_OFF,
-        cap="max_completion_tokens",
-        codes=MINIMAX,
-        images=True,
+        "https://api.minimaxi.com/v1", "MiniMax-M3", OFF, MINIMAX, cap=CAP, images=True
     ),
     "minimax-completion": Service(
         "https://api.minimax.chat/v1",
         "abab5-completion",
-        cap="tokens_to_generate",
         codes=MINIMAX,
-        stream=minimax_completion,
+        cap="tokens_to_generate",
+        ask=minimax_completion,
     ),
     "zhipu": Service(
-        "https://open.bigmodel.cn/api/paas/v4",
-        "glm-4.7-flash",
-        _THINK_OFF,
-        codes=ZHIPU,
-        token=zhipu_token,
+        "https://open.bigmodel.cn/api/paas/v4", "glm-4.7-flash", OFF, ZHIPU, zhipu_token
     ),
-    "deepseek": Service("https://api.deepseek.com", "deepseek-flash", _THINK_OFF),
+    "deepseek": Service("https://api.deepseek.com", "deepseek-flash", OFF),
     "qwen": Service(
         "https://dashscope.aliyuncs.com/compatible-mode/v1",
         "qwen3.8-flash",
-        {"enable_thinking": False},
+        NOT_ENABLED,
     ),
-    "tokenhub": Service("https://tokenhub.tencentmaas.com/v1", "hy3", _THINK_OFF),
-    "moonshot": Service("https://api.moonshot.cn/v1", "kimi-k2.6", _THINK_OFF),
+    "tokenhub": Service("https://tokenhub.tencentmaas.com/v1", "hy3", OFF),
+    "moonshot": Service("https://api.moonshot.cn/v1", "kimi-k2.6", OFF),
     "ark": Service(
-        "https://ark.cn-beijing.volces.com/api/v3",
-        "doubao-seed-2-1-lite-260915",
-        _THINK_OFF,
+        "https://ark.cn-beijing.volces.com/api/v3", "doubao-seed-2-1-lite-260915", OFF
     ),
     "siliconflow": Service(
-        "https://api.siliconflow.cn/v1",
-        "deepseek-ai/DeepSeek-V4-Flash",
-        {"enable_thinking": False},
+        "https://api.siliconflow.cn/v1", "deepseek-ai/DeepSeek-V4-Flash", NOT_ENABLED
     ),
     "openai": Service(
-        "https://api.openai.com/v1",
-        "gpt-6-luna",
-        _NO_EFFORT,
-        cap="max_completion_tokens",
-        images=True,
+        "https://api.openai.com/v1", "gpt-6-luna", NO_EFFORT, cap=CAP, images=True
     ),
     "openrouter": Service(
         "https://openrouter.ai/api/v1",
         "minimax/minimax-m3",
         {"reasoning": {"enabled": False}},
     ),
-    "ollama": Service("http://localhost:11434/v1", "qwen3", _NO_EFFORT, keyless=True),
-    "echo": Service("", "", keyless=True, stream=echo),
+    "ollama": Service("http://localhost:11434/v1", "qwen3", NO_EFFORT, keyless=True),
+    "echo": Service("", "", keyless=True, ask=echo),
 }

@@ -6,7 +6,12 @@ pytest -k signature     those whose name says signature
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import hashlib
+import hmac
 import json
+import logging
 import os
 import random
 import re
@@ -14,25 +19,43 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import traceback
+from contextlib import closing, nullcontext, suppress
 from dataclasses import fields, replace
+from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 
+import jwt
 import pytest
 import requests
 import responses
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from requests.structures import CaseInsensitiveDict
 
 import providers
 import store
 import tim
 import usersig
 from botserver import TEXTS, Config, ConfigError, create_app
-from simulator import KEY, BotProcess, Simulator, running, text_body
+from providers import PROVIDERS, Call, Provider, ProviderError, Replace, joined
+from simulator import (
+    KEY,
+    PACE,
+    SETTINGS,
+    BotProcess,
+    Simulator,
+    actor,
+    free_port,
+    running,
+    text_body,
+)
 from store import RedisStore, SQLiteStore, StoreError, open_store
 
 APPID, TOKEN = 1400000000, "stand-in-token"
@@ -1090,12 +1113,12 @@ def test_the_examples_of_the_readme_work(readme, sim, make_app, tmp_path, monkey
         "PROVIDERS": dict(providers.PROVIDERS),
     }
     names |= {"MODES": dict(tim.MODES), "Whole": tim.Whole}
-    names |= {"Service": providers.Service, "openai_stream": providers.openai_stream}
+    names |= {"Service": providers.Service, "openai_chat": providers.openai_chat}
     names |= {"SQLiteStore": store.SQLiteStore}
     for block in blocks:
         exec(block, names)
     mine = providers.Provider(names["PROVIDERS"]["mine"])
-    assert mine.body([])["temperature"] == 0.5
+    assert mine.body()["temperature"] == 0.5
     dice = providers.Provider(
         names["PROVIDERS"]["dice"], sim.ai_key, url=f"{sim.url}/v1"
     )
@@ -2070,3 +2093,1362 @@ def test_a_missing_redis_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "redis", None)
     with pytest.raises(StoreError, match="requirements.txt"):
         open_store("", "redis://127.0.0.1:1")
+
+
+CHROMIUM = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Debian's Chromium, driven by Selenium; where it is missing, only CI fails."""
+    lacking = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(paths):
+        lacking("needs the packages chromium and chromium-driver")
+    try:
+        from selenium import webdriver
+    except ImportError:
+        lacking("needs pip install selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for flag in [*CHROMIUM.split(), "--lang=en", f"--user-data-dir={tmp_path}/user"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The chat page, as its user sees it."""
+
+    def __init__(self, browser, url):
+        self.browser = browser
+        browser.set_window_size(1280, 800)
+        browser.get(url)
+        poll(lambda: self.all("#chats button"))
+
+    def all(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def click(self, selector):
+        self.all(selector)[0].click()
+
+    def text(self, selector):
+        script = "return document.querySelector(arguments[0])?.textContent ?? ''"
+        return self.browser.execute_script(script, selector)
+
+    def write(self, text):
+        self.all("#text")[0].send_keys(f"{text}\n")
+
+    def answers(self):
+        """Return the texts of the answers that are complete."""
+        return [item.text for item in self.all("#log li:not(.mine, .open) .bubble")]
+
+
+def test_a_chat_in_a_browser(browser):
+    with running(REPLY_MODE="custom", BOT_LANGUAGE="en") as (sim, bot):
+        sim.ai_answer, sim.ai_pace = actor, PACE
+        page = Page(browser, sim.url)
+
+        # The answer grows, and its Markdown is shown, but never run.
+        page.write("Show me some Markdown")
+        lengths = set()
+        poll(lambda: lengths.add(len(page.text(".open .bubble"))) or page.answers())
+        assert len(lengths) > 2
+        [answer] = page.answers()
+        assert "<script>alert('only text')</script>" in answer and "**" not in answer
+        for selector in ("b", "i", "code", "pre", "td", "a[href^='https://']"):
+            assert page.all(f"#log .bubble {selector}"), selector
+        assert not page.all("#log script")
+        assert "✓" in page.text("#log .mine .mark")
+
+        # The panel shows the calls, and what a second delivery brings: nothing.
+        page.click("#toggle")
+        asked_before = len(sim.ai_requests)
+        page.click("[data-do=redelivered]")
+        poll(lambda: "no second answer came" in page.text("#verdict"))
+        assert 'HTTP 200 {"ActionStatus":"OK"' in page.text("#verdict")
+        assert (len(page.answers()), len(sim.ai_requests)) == (1, asked_before)
+        if picture := os.environ.get("PICTURE"):
+            asked = {"format": "webp", "quality": 85}
+            shot = browser.execute_cdp_cmd("Page.captureScreenshot", asked)
+            Path(picture).write_bytes(base64.b64decode(shot["data"]))
+        page.click("[data-do=forged]")
+        poll(lambda: "Forged: HTTP 403" in page.text("#verdict"))
+        assert "bot → IM sendmsg" in page.text("#calls")
+        assert "&usersig=•••&" in page.text("#calls")
+        page.click("#close")
+
+        # The stop button sends what TUIKit's sends.
+        page.write("A long answer, please")
+        poll(lambda: len(page.text(".open .bubble")) > 20)
+        page.click("#stop")
+        poll(lambda: len(page.answers()) == 2)
+        assert page.answers()[1].endswith("(stopped)")
+        [element] = sim.said[-1]["MsgBody"]
+        button = {"chatbotPlugin": 2, "src": 22, "msgKey": sim.delivered[-1].key}
+        assert json.loads(element["MsgContent"]["Data"]) == button
+
+        # In a group the robot answers when it is mentioned, and only then.
+        page.click("[data-to^='@TGS']")
+        page.write("hello")
+        poll(lambda: "@jared You said: jared: hello" in "".join(page.answers()))
+        page.all("#text")[0].clear()
+        page.write("without a mention")
+        poll(lambda: "no robot is mentioned" in page.text("#log li:last-child"))
+        assert [log for log in browser.get_log("browser")] == []
+
+
+def test_another_sites_page_cannot_drive_the_stand_in(sim):
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+        for path in ("/", "/page"):
+            assert requests.get(sim.url + path, headers=headers).status_code == 403
+        for path in ("/page", "/v4/openim/sendmsg", "/v1/chat/completions"):
+            answer = requests.post(sim.url + path, headers=headers, data="{}")
+            assert answer.status_code in (401, 403) or answer.json()["ErrorCode"]
+    assert not sim.calls
+    page = requests.get(sim.url, headers={"Origin": sim.url})
+    assert page.status_code == 200
+    assert "unsafe" not in page.headers["Content-Security-Policy"]
+
+
+def test_the_demonstrations_bot_takes_every_setting_but_the_stand_ins():
+    names = {item.name.upper() for item in dataclasses.fields(Config)}
+    names = {name for name in names if not name.startswith(("AI_", "IM_"))}
+    assert set(SETTINGS) == names - {"ALLOW_UNSIGNED", "DATABASE", "REDIS_URL"}
+
+
+def news(url):
+    """Yield what the stand-in tells the page."""
+    with requests.get(f"{url}/page", stream=True, timeout=30) as stream:
+        for line in stream.iter_lines(chunk_size=1):
+            if line:
+                yield from json.loads(line.removeprefix(b"data: "))
+
+
+def demonstration(*arguments):
+    """Start simulator.py, and return it when it has a page, and what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, "simulator.py", *arguments],
+        cwd=HERE,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if "The chat page" in line:
+            break
+    return process, "".join(printed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_demonstration_and_its_bot(number):
+    process, printed = demonstration("--port", str(free_port()))
+    bot = printed.split("gunicorn: ")[1].split(",")[0]
+    assert requests.get(f"{bot}/healthz").ok
+    process.send_signal(number)
+    _, complaints = process.communicate(timeout=40)
+    assert (process.returncode, complaints) == (0, "")
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{bot}/healthz")
+
+
+def test_a_bot_elsewhere_is_driven_with_the_settings_that_are_printed(sim, tmp_path):
+    bot, port = BotProcess(sim, str(tmp_path)), str(free_port())
+    process, printed = demonstration("--bot", f"{bot.url}/im", "--port", port)
+    lines = [line for line in printed.splitlines() if line.startswith("export ")]
+    bot.env |= dict(line.removeprefix("export ").split("=", 1) for line in lines)
+    page = f"http://127.0.0.1:{port}"
+    try:
+        bot.start()
+        wish = {"say": "hello", "as": "lin", "to": "@RBT#002", "robots": []}
+        assert requests.post(f"{page}/page", json=wish).ok
+        for item in news(page):
+            if item.get("robot") and item["closed"]:
+                break
+        assert item["text"].startswith("You said: hello")
+    finally:
+        bot.stop()
+        process.terminate()
+        process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
+ANSWER = "你好，世界🌏！\u2028用 `<think>` 标签，2 < 3。"
+QUESTION = [{"role": "user", "content": "你好"}]
+AI_KEY = "sk-test-key"
+
+
+def sse(*events, end="data: [DONE]\n\n"):
+    """Return the bytes of a stream; a string among the events is sent as it is."""
+    texts = [
+        event if isinstance(event, str) else f"data: {ai_json(event)}\n\n"
+        for event in events
+    ]
+    return ("".join(texts) + end).encode()
+
+
+def ai_json(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+def delta(text=None, finish=None, **more):
+    said = {} if text is None else {"content": text}
+    return {
+        "choices": [{"index": 0, "delta": {**said, **more}, "finish_reason": finish}]
+    }
+
+
+def message(text, finish="stop", **more):
+    choice = {"index": 0, "message": {"role": "assistant", "content": text, **more}}
+    return {"choices": [{**choice, "finish_reason": finish}]}
+
+
+def ai_service(*bodies, name="openai", status=200, key=AI_KEY, headers=None, **fields):
+    """Return a Provider whose service answers the tries with `bodies`, and the tries.
+
+    A body is bytes, or a list of the pieces in which they arrive.
+    """
+    tries = []
+
+    def post(url, **options):
+        body = bodies[min(len(tries), len(bodies) - 1)]
+        tries.append(options)
+        pieces = iter([body] if isinstance(body, bytes) else body)
+        raw = SimpleNamespace(read1=lambda *_, **__: next(pieces, b""))
+        head = CaseInsensitiveDict(headers or {})
+        return nullcontext(SimpleNamespace(status_code=status, headers=head, raw=raw))
+
+    http = SimpleNamespace(post=post)
+    return Provider(PROVIDERS[name], key, http=http, **fields), tries
+
+
+def ai_answer(*bodies, seconds=20.0, whole=False, **options):
+    provider, _ = ai_service(*bodies, **options)
+    return joined(provider.chat(QUESTION, Call(seconds), whole))
+
+
+def ai_chunks(*events):
+    return list(ai_service(sse(*events))[0].chat(QUESTION, Call(20)))
+
+
+def ai_failure(*bodies, seconds=20.0, whole=False, **options):
+    """Return the error of a chat and how often the service was asked."""
+    provider, tries = ai_service(*bodies, **options)
+    with pytest.raises(ProviderError) as caught:
+        list(provider.chat(QUESTION, Call(seconds), whole))
+    return caught.value, len(tries)
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    """Let the tries follow one another at once."""
+    monkeypatch.setattr(providers.random, "uniform", lambda low, high: 0.0)
+
+
+@pytest.fixture
+def ai_socket(monkeypatch):
+    """Return a function that starts a server made of scripts, one for each request.
+
+    A script is bytes to send before the connection is closed, or a function that gets
+    the connection and says whether to keep it.
+    """
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    opened = []
+
+    def start(*scripts, context=None):
+        listener = socket.create_server(("127.0.0.1", 0))
+        scheme, port = "https" if context else "http", listener.getsockname()[1]
+        server = SimpleNamespace(
+            url=f"{scheme}://127.0.0.1:{port}", port=port, heads=[], bodies=[], peers=[]
+        )
+        opened.append(listener)
+        threading.Thread(
+            target=ai_accept,
+            args=(server, listener, scripts, context, opened),
+            daemon=True,
+        ).start()
+        return server
+
+    yield start
+    for item in opened:
+        with suppress(OSError):
+            item.shutdown(socket.SHUT_RDWR)
+        item.close()
+
+
+def ai_accept(server, listener, scripts, context, opened):
+    while True:
+        try:
+            connection, peer = listener.accept()
+        except OSError:
+            return
+        server.peers.append(peer)
+        opened.append(connection)
+        threading.Thread(
+            target=ai_serve, args=(server, connection, scripts, context), daemon=True
+        ).start()
+
+
+def ai_serve(server, connection, scripts, context):
+    with suppress(OSError):
+        if context:
+            connection = context.wrap_socket(connection, server_side=True)
+        with closing(connection), connection.makefile("rb") as reader:
+            while head := b"\n".join(iter(lambda: reader.readline().strip(), b"")):
+                server.heads.append(head.decode())
+                length = head.lower().partition(b"content-length:")[2].split()
+                server.bodies.append(reader.read(int(length[0]) if length else 0))
+                script = scripts[min(len(server.heads), len(scripts)) - 1]
+                if isinstance(script, bytes):
+                    return connection.sendall(script)
+                if not script(connection):
+                    return None
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+
+
+def ai_chunked(body):
+    return b"%x\r\n%b\r\n" % (len(body), body)
+
+
+def dribble(head, drop, tail=b""):
+    """Return a script that sends `head`, then `drop` ten times a second for long."""
+
+    def script(connection):
+        connection.sendall(head)
+        for _ in range(100):
+            connection.sendall(drop)
+            time.sleep(0.1)
+
+    return script
+
+
+def silent(head):
+    """Return a script that sends `head` and then nothing for long."""
+
+    def script(connection):
+        connection.sendall(head)
+        connection.recv(1)
+
+    return script
+
+
+def ask_socket(url, seconds=20.0, name="openai", key=AI_KEY, whole=False, **fields):
+    provider = Provider(PROVIDERS[name], key, url, **fields)
+    return list(provider.chat(QUESTION, Call(seconds), whole))
+
+
+# What each family of services sends for ANSWER; made after providers.md.
+HALF = len(ANSWER) // 2
+A, B = ANSWER[:HALF], ANSWER[HALF:]
+USAGE = {"choices": [], "usage": {"total_tokens": 9}}
+BASE = {"base_resp": {"status_code": 0, "status_msg": "ok"}}
+RECORDED = {
+    "minimax": sse(
+        {**delta("", role="assistant", name="MiniMax AI"), **BASE},
+        {**delta(A), **BASE, "input_sensitive": False},
+        delta(B),
+        {**delta(finish="stop"), **BASE},
+        {**USAGE, **BASE},
+    ),
+    "minimax with inline thinking": sse(
+        delta("<think>\n他说你好。"), delta("\n</think>\n\n" + A), delta(B, "stop")
+    ),
+    "minimax, cumulative": sse(
+        delta(A[:2]), delta(A), delta(ANSWER), delta("", "stop")
+    ),
+    "minimax, split thinking": sse(
+        delta(reasoning_content="他说你好", reasoning_details=[{"text": "他说你好"}]),
+        delta(A, reasoning_content="他说你好"),
+        delta(B, "stop"),
+    ),
+    "minimax v2": sse(
+        delta(A),
+        delta(B),
+        {**message(ANSWER), **BASE, "object": "chat.completion"},
+        end="",
+    ),
+    "minimax-completion": ai_json({"reply": ANSWER, **BASE}).encode(),
+    "zhipu": sse(
+        delta("", role="assistant", reasoning_content="想"),
+        delta(A),
+        {**delta(B, "stop"), "usage": {"total_tokens": 9}},
+    ),
+    "deepseek": sse(
+        ": keep-alive\n\n",
+        delta(None, role="assistant", content=None, reasoning_content="想一想"),
+        ": keep-alive\n\n",
+        delta(A),
+        delta(B),
+        delta("", "stop"),
+    ),
+    "deepseek, waiting for its turn": b"\n\n\n" + ai_json(message(ANSWER)).encode(),
+    "openai": sse(
+        delta("", role="assistant"), delta(A), delta(B), delta(None, "stop"), USAGE
+    ),
+    "openrouter": sse(
+        ": OPENROUTER PROCESSING\n\n", delta(A, reasoning="think"), delta(B, "stop")
+    ),
+    "ollama": sse(delta("", reasoning="想"), delta(A), delta(B), delta("", "stop")),
+    "with carriage returns": sse(delta(A), delta(B, "stop")).replace(b"\n", b"\r\n"),
+    "with event and id": sse(
+        "event: message\nid: 1\nretry: 3000\n", delta(A), delta(B), delta("", "stop")
+    ),
+    "without a space": sse(delta(A), delta(B), "data:[DONE]\n\n", end=""),
+    "plain JSON": json.dumps(
+        message(ANSWER, reasoning_content="想"), indent=1
+    ).encode(),
+    "plain JSON without a finish": ai_json(message(ANSWER, None)).encode(),
+    "emoji in two halves": sse(
+        delta(A[: A.index("🌏")]),
+        "".join(
+            'data: {"choices":[{"delta":{"content":"' + half + '"}}]}\n\n'
+            for half in ("\\ud83c", "\\udf0f")
+        ),
+        delta((A + B)[A.index("🌏") + 1 :], "stop"),
+    ),
+}
+
+
+@pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
+def test_a_recorded_answer_is_read_wherever_its_bytes_are_split(recorded):
+    for place in range(len(recorded) + 1):
+        pieces = [part for part in (recorded[:place], recorded[place:]) if part]
+        assert ai_answer(pieces) == ANSWER, place
+    assert ai_answer([recorded[i : i + 1] for i in range(len(recorded))]) == ANSWER
+
+
+OFF = {"thinking": {"type": "disabled"}}
+ASKED = {
+    "minimax": ("https://api.minimaxi.com/v1", "MiniMax-M3", OFF),
+    "zhipu": ("https://open.bigmodel.cn/api/paas/v4", "glm-4.7-flash", OFF),
+    "deepseek": ("https://api.deepseek.com", "deepseek-flash", OFF),
+    "qwen": (
+        "https://dashscope.aliyuncs.com/compatible-mode/v1",
+        "qwen3.8-flash",
+        {"enable_thinking": False},
+    ),
+    "tokenhub": ("https://tokenhub.tencentmaas.com/v1", "hy3", OFF),
+    "moonshot": ("https://api.moonshot.cn/v1", "kimi-k2.6", OFF),
+    "ark": (
+        "https://ark.cn-beijing.volces.com/api/v3",
+        "doubao-seed-2-1-lite-260915",
+        OFF,
+    ),
+    "siliconflow": (
+        "https://api.siliconflow.cn/v1",
+        "deepseek-ai/DeepSeek-V4-Flash",
+        {"enable_thinking": False},
+    ),
+    "openai": ("https://api.openai.com/v1", "gpt-6-luna", {"reasoning_effort": "none"}),
+    "openrouter": (
+        "https://openrouter.ai/api/v1",
+        "minimax/minimax-m3",
+        {"reasoning": {"enabled": False}},
+    ),
+    "ollama": ("http://localhost:11434/v1", "qwen3", {"reasoning_effort": "none"}),
+}
+
+
+@responses.activate
+@pytest.mark.parametrize("name", ASKED)
+def test_each_service_gets_the_request_it_expects(name):
+    url, model, extra = ASKED[name]
+    cap = "max_completion_tokens" if name in ("minimax", "openai") else "max_tokens"
+    mock = responses.post(f"{url}/chat/completions", body=RECORDED["openai"])
+    key = "" if name == "ollama" else AI_KEY
+    turns = [{"role": "system", "content": "Be brief."}, *QUESTION]
+    chunks = Provider(PROVIDERS[name], key).chat(turns, Call(20))
+    assert joined(chunks) == ANSWER
+    request = mock.calls[0].request
+    assert json.loads(request.body) == {
+        "model": model,
+        "messages": turns,
+        "stream": True,
+        cap: 8192,
+        **extra,
+    }
+    assert "你好".encode() in request.body
+    assert request.headers.get("Authorization") == (f"Bearer {key}" if key else None)
+    assert request.headers["Content-Type"] == "application/json"
+
+
+def test_the_registry_names_every_service():
+    assert set(PROVIDERS) == {*ASKED, "minimax-completion", "echo"}
+    assert {name for name in PROVIDERS if PROVIDERS[name].keyless} == {"ollama", "echo"}
+
+
+@responses.activate
+def test_address_model_and_extras_of_the_operator_come_last():
+    mock = responses.post("http://here/api/chat/completions", body=RECORDED["openai"])
+    extra = {"temperature": 0.5, "thinking": None, "max_completion_tokens": 10}
+    provider = Provider(PROVIDERS["minimax"], AI_KEY, "http://here/api/", "M9", extra)
+    assert joined(provider.chat(QUESTION, Call(20))) == ANSWER
+    assert json.loads(mock.calls[0].request.body) == {
+        "model": "M9",
+        "messages": QUESTION,
+        "stream": True,
+        "max_completion_tokens": 10,
+        "temperature": 0.5,
+    }
+
+
+@pytest.mark.parametrize("pasted", ["Bearer sk-1", " sk-1\n", "Bearer  sk-1 "])
+@responses.activate
+def test_a_key_is_sent_as_one_bearer_however_it_was_pasted(pasted):
+    mock = responses.post("http://here/chat/completions", body=RECORDED["openai"])
+    joined(
+        Provider(PROVIDERS["openai"], pasted, "http://here").chat(QUESTION, Call(20))
+    )
+    assert mock.calls[0].request.headers["Authorization"] == "Bearer sk-1"
+
+
+@responses.activate
+def test_empty_turns_are_not_sent_and_lone_surrogates_are_cleaned():
+    mock = responses.post("http://here/chat/completions", body=RECORDED["openai"])
+    picture = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
+    turns = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "a\ud83db"},
+        {"role": "assistant", "content": " \n"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": picture},
+    ]
+    provider = Provider(PROVIDERS["openai"], AI_KEY, "http://here")
+    joined(provider.chat(turns, Call(20)))
+    assert json.loads(mock.calls[0].request.body)["messages"] == [
+        {"role": "user", "content": "a?b"},
+        {"role": "user", "content": picture},
+    ]
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_a_question_without_any_text_is_not_sent(name):
+    provider, tries = ai_service(b"", name=name)
+    with pytest.raises(ProviderError) as caught:
+        list(provider.chat([{"role": "user", "content": " "}], Call(20)))
+    assert (caught.value.kind, tries) == ("empty", [])
+
+
+def old_key(**claims):
+    """Return a key as MiniMax once gave out: a JWT; nothing in it is secret."""
+    parts = [{"alg": "RS256", "typ": "JWT"}, claims]
+    encoded = [base64.urlsafe_b64encode(ai_json(part).encode()) for part in parts]
+    return b".".join([*encoded, b"AAAA"]).decode().replace("=", "")
+
+
+@pytest.mark.parametrize(
+    ("key", "query"),
+    [
+        (
+            old_key(GroupID="1780000000000000001", iss="minimax"),
+            "?GroupId=1780000000000000001",
+        ),
+        (old_key(group_id=178), "?GroupId=178"),
+        (old_key(iss="minimax"), ""),
+        ("sk-api-new", ""),
+        ("a.b.c", ""),
+    ],
+)
+@responses.activate
+def test_the_tutorials_endpoint_gets_a_prompt_and_the_group_of_the_key(key, query):
+    url = "https://api.minimax.chat/v1/text/completion"
+    body = ai_json({"reply": "你好！", **BASE})
+    mock = responses.post(url, body=body, content_type="application/json")
+    provider = Provider(PROVIDERS["minimax-completion"], key)
+    assert list(provider.chat(QUESTION, Call(20))) == ["你好！"]
+    request = mock.calls[0].request
+    assert request.url == url + query
+    assert request.headers["Authorization"] == f"Bearer {key}"
+    assert json.loads(request.body) == {
+        "model": "abab5-completion",
+        "prompt": "你好",
+        "tokens_to_generate": 8192,
+    }
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "https://a/b.png"}}
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "What is this?"}, PICTURE]},
+]
+
+
+@responses.activate
+def test_the_tutorials_endpoint_gets_a_whole_talk_as_one_prompt():
+    url = "https://api.minimax.chat/v1/text/completion"
+    mock = responses.post(url, json={"reply": "A tree."})
+    provider = Provider(PROVIDERS["minimax-completion"], "sk-api-new")
+    assert joined(provider.chat(TALK, Call(20))) == "A tree."
+    prompt = json.loads(mock.calls[0].request.body)["prompt"]
+    assert prompt == "system: Be brief.\nuser: What is this?\nassistant:"
+
+
+def test_echo_says_the_users_words_as_they_are():
+    provider, tries = ai_service(b"", name="echo", key="")
+    assert list(provider.chat(TALK, Call(20))) == ["What is this?"]
+    said = "<think>a</think>\nb</think>c"
+    turns = [{"role": "user", "content": said}]
+    assert joined(provider.chat(turns, Call(20), whole=True)) == said
+    assert not tries
+
+
+@responses.activate
+def test_zhipu_gets_a_fresh_token_in_milliseconds_for_every_try(no_pause):
+    error = {"error": {"code": "1003", "message": "expired"}}
+    url = "https://open.bigmodel.cn/api/paas/v4/chat/completions"
+    first = responses.post(url, status=401, json=error)
+    second = responses.post(url, body=RECORDED["zhipu"])
+    provider = Provider(PROVIDERS["zhipu"], "an-id.a-short-secret")
+    assert joined(provider.chat(QUESTION, Call(20))) == ANSWER
+    tokens = [
+        mock.calls[0].request.headers["Authorization"].removeprefix("Bearer ")
+        for mock in (first, second)
+    ]
+    assert tokens[0] != tokens[1]
+    header = json.loads(base64.urlsafe_b64decode(tokens[1].split(".")[0] + "=="))
+    assert header == {"alg": "HS256", "sign_type": "SIGN", "typ": "JWT"}
+    # The millisecond `exp` is no time PyJWT could check.
+    secret = b"a-short-secret".ljust(32, b"\0")
+    unchecked = {"verify_exp": False}
+    claims = jwt.decode(tokens[1], secret, ["HS256"], options=unchecked)
+    assert claims.keys() == {"api_key", "exp", "timestamp"}
+    assert claims["api_key"] == "an-id"
+    assert claims["exp"] - claims["timestamp"] == 300_000
+    assert abs(claims["timestamp"] - time.time() * 1000) < 60_000
+
+
+def test_a_zhipu_token_is_what_hmac_makes_of_the_short_secret():
+    signed, _, signature = providers.zhipu_token("id.secret").rpartition(".")
+    mac = hmac.new(b"secret", signed.encode(), hashlib.sha256).digest()
+    assert base64.urlsafe_b64decode(signature + "=") == mac
+    assert providers.zhipu_token("sk-without-a-dot") == "sk-without-a-dot"
+
+
+RETRIES = {"busy": 3, "once": 2}  # tries in all; any other kind is asked once
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        *((code, "busy") for code in (1000, 1001, 1002, 1013, 1024, 1033, 1041, 2045)),
+        (1039, "once"),
+        *((code, "filter") for code in (1026, 1027)),
+        *((code, "quota") for code in (1008, 1028, 1030, 2054, 2056, 2061)),
+        *((code, "setup") for code in (1004, 1042, 1043, 1044, 20132, 2037, 2039)),
+        *((code, "setup") for code in (2042, 2048, 2013, 2038, 2049, 9999, 5021)),
+    ],
+)
+@pytest.mark.parametrize("name", ["minimax", "minimax-completion"])
+def test_a_code_of_minimax_decides_about_another_try(no_pause, name, code, kind):
+    base = {"base_resp": {"status_code": code, "status_msg": "something"}}
+    body = ai_json({"choices": None, **base}).encode()
+    error, tries = ai_failure(body, name=name)
+    assert (error.kind, tries) == (kind, RETRIES.get(kind, 1))
+    assert error.retry == (kind in RETRIES)
+    streamed, _ = ai_failure(sse(delta("hm"), {"choices": None, **base}), name=name)
+    assert streamed.kind == kind
+    text = f"something ({code})"
+    inner = {"type": "error", "error": {"type": "api_error", "message": text}}
+    refused, tries = ai_failure(ai_json(inner).encode(), name=name, status=429)
+    assert (refused.kind, tries) == (kind, RETRIES.get(kind, 1))
+
+
+@pytest.mark.parametrize(
+    ("status", "name", "code", "kind"),
+    [
+        (400, "bad_request_error", 2013, "setup"),
+        (401, "authorized_error", 1004, "setup"),
+        (401, "authorized_error", 2049, "setup"),
+        (402, "insufficient_balance_error", 1008, "quota"),
+        (422, "unprocessable_entity_error", 1026, "filter"),
+        (429, "rate_limit_error", 1002, "busy"),
+        (429, "rate_limit_error", 2045, "busy"),
+        (429, "rate_limit_error", 2056, "quota"),
+        (500, "api_error", 1000, "busy"),
+        (500, "api_error", 1013, "busy"),
+        (500, "api_error", 1033, "busy"),
+        (500, "api_error", 1026, "filter"),
+        (529, "overloaded_error", None, "busy"),
+    ],
+)
+def test_an_http_error_of_minimax_is_read(no_pause, status, name, code, kind):
+    text = f"no luck ({code})" if code else "no luck"
+    inner = {"type": name, "message": text, "http_code": str(status)}
+    body = {"type": "error", "error": inner, "request_id": "r1"}
+    data = ai_json(body).encode()
+    error, tries = ai_failure(data, name="minimax", status=status)
+    assert (error.kind, tries) == (kind, RETRIES.get(kind, 1))
+    assert str(error).startswith(f"HTTP {status}, code {code or name}, trace ")
+    assert "r1" in str(error)
+
+
+def rows(text):
+    return [(code, kind) for kind, *codes in map(str.split, text) for code in codes]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    rows(
+        [
+            "busy 500 1120 1234 1302 1303 1305 1312",
+            "once 1003 1230",
+            "filter 1300 1301",
+            "quota 1113 1304 1308 1309 1310 1311 1313",
+            "long 1261",
+            "setup 1000 1001 1002 1004 1100 1110 1111 1112 1121 1200 1210 1211 1212",
+            "setup 1213 1214 1215 1220 1221 1222 1231",
+        ]
+    ),
+)
+@pytest.mark.parametrize("status", [200, 400, 401, 429, 434, 500])
+def test_a_code_of_zhipu_decides_whatever_the_status(no_pause, status, code, kind):
+    body = ai_json({"error": {"code": code, "message": "错误"}}).encode()
+    error, tries = ai_failure(body, name="zhipu", status=status, key="id.secret")
+    assert (error.kind, tries) == (kind, RETRIES.get(kind, 1))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        *((status, "busy") for status in (408, 409, 429, 500, 502, 503, 504, 524, 529)),
+        *((status, "setup") for status in (201, 204, 400, 401, 403, 404, 422)),
+        *((status, "setup") for status in (301, 302, 303, 307, 308)),
+        (402, "quota"),
+        (413, "long"),
+        (451, "filter"),
+    ],
+)
+@pytest.mark.parametrize("name", ["minimax", "zhipu", "deepseek"])
+def test_an_http_status_decides_where_no_code_is_known(no_pause, name, status, kind):
+    for body in (
+        b"",
+        b"404 page not found",
+        b"<html>",
+        b'{"error": "no"}',
+        b'"no"',
+        b"[",
+    ):
+        error, tries = ai_failure(body, name=name, status=status)
+        assert (error.kind, tries) == (kind, RETRIES.get(kind, 1)), body
+        assert str(error).startswith(f"HTTP {status}, ")
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "body", "kind"),
+    [
+        ("openai", 429, {"error": {"code": "insufficient_quota"}}, "quota"),
+        ("openai", 429, {"error": {"code": "rate_limit_exceeded"}}, "busy"),
+        (
+            "openai",
+            400,
+            {"error": {"code": "context_length_exceeded", "message": "over (8192)"}},
+            "long",
+        ),
+        ("openai", 200, {"error": {"type": "server_error", "code": None}}, "busy"),
+        ("moonshot", 429, {"error": {"type": "engine_overloaded_error"}}, "busy"),
+        ("moonshot", 429, {"error": {"type": "rate_limit_reached_error"}}, "busy"),
+        ("moonshot", 429, {"error": {"type": "exceeded_current_quota_error"}}, "quota"),
+        ("moonshot", 400, {"error": {"type": "content_filter"}}, "filter"),
+        ("moonshot", 401, {"error": {"type": "invalid_authentication_error"}}, "setup"),
+        ("qwen", 400, {"error": {"code": "Arrearage"}}, "quota"),
+        ("qwen", 401, {"error": {"code": "InvalidApiKey"}}, "setup"),
+        ("qwen", 403, {"error": {"code": "AccessDenied.Unpurchased"}}, "quota"),
+        ("qwen", 408, {"error": {"code": "RequestTimeOut"}}, "once"),
+        ("qwen", 429, {"error": {"code": "Throttling.RateQuota"}}, "busy"),
+        ("qwen", 429, {"error": {"code": "Throttling.AllocationQuota"}}, "quota"),
+        ("qwen", 400, {"code": "DataInspectionFailed", "message": "no"}, "filter"),
+        ("siliconflow", 400, {"code": 20012, "message": "no", "data": None}, "setup"),
+        ("siliconflow", 200, {"code": 20012, "message": "no", "data": None}, "setup"),
+        ("siliconflow", 403, "no balance", "setup"),
+        ("siliconflow", 503, "busy", "busy"),
+        ("ark", 403, {"error": {"code": "AccountOverdueError"}}, "quota"),
+        ("ark", 404, {"error": {"code": "ModelNotOpen"}}, "setup"),
+        (
+            "ark",
+            400,
+            {"error": {"code": "InputTextSensitiveContentDetected"}},
+            "filter",
+        ),
+        ("ark", 429, {"error": {"code": "RateLimitExceeded.EndpointRPM"}}, "busy"),
+        ("ark", 429, {"error": {"code": "ServerOverloaded"}}, "busy"),
+        ("ark", 429, {"error": {"code": "QuotaExceeded"}}, "quota"),
+        ("ark", 429, {"error": {"code": "SetLimitExceeded"}}, "quota"),
+        ("openrouter", 402, {"error": {"code": 402, "message": "credits"}}, "quota"),
+        ("openrouter", 200, {"error": {"code": 502, "message": "no"}}, "busy"),
+        ("openrouter", 200, {"error": {"code": 403, "message": "no"}}, "setup"),
+        ("tokenhub", 200, {"error": {"code": 429001, "message": "no"}}, "busy"),
+        ("tokenhub", 200, {"error": {"code": 401002, "message": "no"}}, "setup"),
+        ("tokenhub", 451, {"error": {"code": 451001, "message": "no"}}, "filter"),
+        ("tokenhub", 502, {"error": {"code": 502001, "message": "no"}}, "busy"),
+        ("ollama", 404, {"error": "model not found"}, "setup"),
+        ("ollama", 200, {"error": "this is a string"}, "setup"),
+        ("openai", 200, "<html>not an API</html>", "setup"),
+    ],
+)
+def test_the_errors_of_other_services_are_read(no_pause, name, status, body, kind):
+    data = (body if isinstance(body, str) else ai_json(body)).encode()
+    error, tries = ai_failure(data, name=name, status=status)
+    assert (error.kind, tries) == (kind, RETRIES.get(kind, 1))
+
+
+@pytest.mark.parametrize(
+    ("event", "kind"),
+    [
+        ({"error": {"code": 502}, "choices": [{"finish_reason": "error"}]}, "busy"),
+        ({"error": {"message": "down", "type": "server_error"}}, "busy"),
+        ({"error": "a string"}, "setup"),
+        ({"choices": None, "base_resp": {"status_code": 1027}}, "filter"),
+        ({"code": "DataInspectionFailed", "message": "no"}, "filter"),
+        (delta(finish="sensitive"), "filter"),
+        (delta("", "content_filter"), "filter"),
+        (delta(finish="network_error"), "busy"),
+        (delta(finish="error"), "busy"),
+        (delta(finish="model_context_window_exceeded"), "long"),
+        ("data: {half\n\n", "busy"),
+        ('data: "text"\n\n', "setup"),
+        ("", "busy"),
+    ],
+)
+def test_an_error_in_mid_stream_is_raised_after_the_text_before_it(event, kind):
+    provider, tries = ai_service(sse(delta("一二三"), event, end=""), name="minimax")
+    chunks = []
+    with pytest.raises(ProviderError) as caught:
+        for chunk in provider.chat(QUESTION, Call(20)):
+            chunks.append(chunk)
+    assert (chunks, caught.value.kind, len(tries)) == (["一二三"], kind, 1)
+
+
+def test_a_cut_answer_is_asked_for_again_unless_some_of_it_was_shown(no_pause):
+    cut, good = sse(delta("一"), end=""), RECORDED["openai"]
+    assert ai_answer(cut, cut, good, whole=True) == ANSWER
+    error, tries = ai_failure(cut, whole=True)
+    assert (error.kind, tries) == ("busy", 3)
+    error, tries = ai_failure(cut, good)
+    assert (error.kind, tries) == ("busy", 1)
+    plain = RECORDED["plain JSON"]
+    assert ai_answer(plain[:-9], plain) == ANSWER
+
+
+def test_every_recorded_answer_is_an_error_when_cut_before_its_end(no_pause):
+    recorded = RECORDED["openai"]
+    end = recorded.index(b'"finish_reason": "stop"') + len(
+        b'"finish_reason": "stop"}]}'
+    )
+    for place in range(end):
+        error, _ = ai_failure(recorded[:place], whole=True)
+        assert error.kind == "busy", place
+    assert ai_answer(recorded[:end]) == ANSWER
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        sse(),
+        sse(delta("", "stop")),
+        sse(delta("<think>only this", "length")),
+        sse(delta("only this\n</think>\n"), delta(None, "stop")),
+        sse(delta(tool_calls=[]), delta(None, "tool_calls")),
+        ai_json(message(None)).encode(),
+        ai_json(message("  ")).encode(),
+        ai_json({"choices": [], "base_resp": {"status_code": "0"}}).encode(),
+        ai_json({"choices": None}).encode(),
+        ai_json({"reply": "", **BASE}).encode(),
+    ],
+)
+def test_an_answer_without_text_is_an_error_that_is_not_tried_again(body):
+    for whole in (False, True):
+        error, tries = ai_failure(body, whole=whole)
+        assert (error.kind, tries) == ("empty", 1)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=2)
+            | st.dictionaries(
+                st.sampled_from(
+                    "choices delta message content finish_reason error code type "
+                    "base_resp status_code reply".split()
+                ),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    ),
+    st.sampled_from([200, 400, 429]),
+)
+def test_nothing_a_service_sends_raises_anything_but_a_provider_error(value, status):
+    provider, _ = ai_service(ai_json(value).encode(), status=status, name="minimax")
+    with suppress(ProviderError):
+        for _ in provider.chat(QUESTION, Call(0.1), whole=True):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        ({"Retry-After": "7"}, 7),
+        ({"retry-after": " 0.5 "}, 0.5),
+        ({"retry-after-ms": "1500", "Retry-After": "9"}, 1.5),
+        ({"retry-after-ms": "soon", "Retry-After": "9"}, 9),
+        ({"Retry-After": formatdate(time.time() + 3600, usegmt=True)}, 3600),
+        ({"Retry-After": formatdate(time.time() - 3600, usegmt=True)}, None),
+        ({"Retry-After": "Wed, 21 Oct 99999 07:28:00 GMT"}, None),
+        *(
+            ({"Retry-After": text}, None)
+            for text in ("0", "-3", "nan", "inf", "-inf", "later", "", "1e999", "一")
+        ),
+        ({}, None),
+    ],
+)
+def test_retry_after_is_understood_in_every_spelling(headers, wait):
+    read = providers.retry_after(CaseInsensitiveDict(headers))
+    assert read == (wait if wait is None else pytest.approx(wait, abs=600))
+
+
+@pytest.mark.parametrize(
+    ("wait", "seconds", "tries"), [("0.05", 20, 3), ("61", 90, 1), ("5", 3, 1)]
+)
+def test_a_wait_that_is_too_long_is_not_begun(wait, seconds, tries):
+    began = time.monotonic()
+    error, asked = ai_failure(
+        b"", status=429, headers={"Retry-After": wait}, seconds=seconds
+    )
+    assert (error.kind, asked, error.wait) == ("busy", tries, float(wait))
+    assert time.monotonic() - began < 1
+
+
+def test_the_pauses_between_tries_grow_and_vary():
+    began = time.monotonic()
+    ai_failure(b"", status=503)
+    assert 0.375 + 0.75 <= time.monotonic() - began < 2.5
+
+
+THINKING = {
+    "<think>a</think>b": "b",
+    "<think>\n想\n</think>\n\n答": "答",
+    "\n <mm:think>a\nb</mm:think> \n答": "答",
+    "<think></think>答": "答",
+    "<think>a</think><think>b</think>\n答": "答",
+    "<think>a <think> b</think>答": "答",
+    "</think>\n\n答": "答",
+    "想一想\n</think>\n\n答": "答",
+    "想一想。</think>答": "答",
+    "let me see</think>hello": "hello",
+    "想 </think>\n答": "答",
+    "a\n</think>\nb </mm:think>\nc": "c",
+    "用 `</think>` 想\n</think>\n答": "答",
+    "The <think> tag.": "The <think> tag.",
+    "用 `<think>` 和 `</think>`": "用 `<think>` 和 `</think>`",
+    "the tag </think> closes it": "the tag </think> closes it",
+    "Like this:\n<think>\na\n</think>\nb": "Like this:\n<think>\na\n</think>\nb",
+    "“</think>”是结束": "“</think>”是结束",
+    "a < b <thi <thinking> </thin": "a < b <thi <thinking> </thin",
+    "<thinking> is no tag": "<thinking> is no tag",
+    "<th": "<th",
+    "a<": "a<",
+}
+
+
+@pytest.mark.parametrize(("text", "answer"), THINKING.items())
+def test_thinking_is_taken_out_wherever_the_text_is_split(text, answer):
+    assert ai_answer(sse(delta(text, "stop"))) == answer
+    assert ai_answer(sse(*map(delta, text))) == answer
+    for place in range(len(text)):
+        for other in range(place, len(text)):
+            parts = text[:place], text[place:other], text[other:]
+            chunks = providers.visible(part for part in parts if part)
+            assert joined(chunks) == answer, parts
+    for whole in (False, True):
+        assert ai_answer(ai_json(message(text)).encode(), whole=whole) == answer
+
+
+def test_thinking_without_an_opening_is_replaced_in_a_stream_and_absent_in_a_whole():
+    body = sse(
+        delta("I think"), delta(" so.\n</think>\n"), delta("\n答"), delta("案", "stop")
+    )
+    chunks = list(ai_service(body)[0].chat(QUESTION, Call(20)))
+    assert chunks == ["I think", " so.\n", "答", "案"]
+    assert [type(chunk) for chunk in chunks] == [str, str, Replace, str]
+    whole = list(ai_service(body)[0].chat(QUESTION, Call(20), whole=True))
+    assert whole == ["答案"]
+
+
+@pytest.mark.parametrize(
+    ("contents", "chunks"),
+    [
+        (["你", "好", "吗"], ["你", "好", "吗"]),
+        (["你", "你好", "你好吗"], ["你", "好", "吗"]),
+        (["你", "你好", "你好吗？我很好，谢谢。", "你好吗？我很好，谢谢。再"], None),
+        (["哈", "哈", "哈"], ["哈", "哈", "哈"]),
+        (["哈", "哈哈", "！"], ["哈", "哈", "哈！"]),
+        (["1", "10", "0"], ["1", "0", Replace("1100")]),
+        (["12345678", "12345678", "9"], ["12345678", "9"]),
+        (["一二三四五六七八", "一二三四五六七八九", "一二三四五六七八九"], None),
+        (["一二三四五六七八", "一二三四五六七八九", "另一个答案"], None),
+    ],
+)
+def test_words_that_repeat_all_before_them_are_shown_once(contents, chunks):
+    shown = ai_chunks(*map(delta, contents), delta(finish="stop"))
+    if chunks is None:
+        assert joined(shown) == contents[-1]
+    else:
+        assert shown == chunks
+        assert [type(chunk) for chunk in shown] == [type(chunk) for chunk in chunks]
+
+
+def test_a_last_event_with_the_full_text_is_not_added():
+    full = {**message(ANSWER, None), "object": "chat.completion"}
+    assert "".join(ai_chunks(delta(A), delta(B), full)) == ANSWER
+    assert "".join(ai_chunks(delta(A), delta(B), delta(ANSWER))) == ANSWER
+    assert joined(ai_chunks(delta(A), delta("x"), full)) == ANSWER
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.text("哈a\n", min_size=4, max_size=4), min_size=1), st.booleans())
+def test_pieces_of_one_size_are_never_taken_for_repetitions(pieces, cumulative):
+    text, sent = "".join(pieces), pieces
+    if cumulative:
+        sent = ["".join(pieces[: index + 1]) for index in range(len(pieces))]
+    chunks = providers.new_text((piece, False) for piece in sent)
+    assert joined(chunks) == text
+
+
+def test_halves_of_an_emoji_come_together_and_a_lone_one_is_replaced():
+    def read(*contents):
+        return joined(providers.visible(contents))
+
+    assert read("a\ud83d", "\ude00b") == "a😀b"
+    assert read("a\ud83d", "b\ude00") == "a\ufffdb\ufffd"
+    assert read("a\ud83d") == "a\ufffd"
+
+
+@pytest.mark.parametrize("part", ["abcd", "我们的", "<b>x", "</p>", "a <", "</thi\n"])
+def test_a_long_answer_costs_little(part):
+    body = sse(*[delta(part)] * 50_000, delta(finish="stop"))
+    limit, providers.LONGEST_ANSWER = providers.LONGEST_ANSWER, 1 << 30
+    try:
+        pieces = [body[i : i + 65536] for i in range(0, len(body), 65536)]
+        chunks = providers.events(
+            SimpleNamespace(
+                raw=SimpleNamespace(
+                    read1=lambda *_, **__: pieces.pop(0) if pieces else b""
+                )
+            ),
+            Call(60),
+        )
+        contents = [
+            event["choices"][0]["delta"].get("content", "") for event in chunks if event
+        ]
+    finally:
+        providers.LONGEST_ANSWER = limit
+    began = time.process_time()
+    text = joined(
+        providers.visible(providers.new_text((content, False) for content in contents))
+    )
+    assert time.process_time() - began < 1
+    assert text == part * 50_000
+
+
+def test_too_much_is_refused(no_pause):
+    endless = (b"data: " + b"x" * 60_000 for _ in range(10**6))
+    assert ai_failure(endless)[0].kind == "setup"
+    lines = (sse(delta("x" * 60_000), end="") for _ in range(10**6))
+    assert ai_failure(lines, whole=True)[0].kind == "setup"
+
+
+DRIBBLES = {
+    "slow headers": dribble(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"),
+    "a slow status line": dribble(b"HTTP/1.1 200 ", b"O"),
+    "many slow headers": dribble(b"HTTP/1.1 200 OK\r\n", b"X-Slow: x\r\n"),
+    "no headers": silent(b""),
+    "no body": silent(OK + b"\r\n"),
+    "keep-alives": dribble(OK + b"\r\n", b": keep-alive\n\n"),
+    "chunked keep-alives": dribble(
+        OK + b"Transfer-Encoding: chunked\r\n\r\n", ai_chunked(b": keep-alive\n\n")
+    ),
+    "a chunk size without end": dribble(
+        OK + b"Transfer-Encoding: chunked\r\n\r\n", b"0"
+    ),
+    "a slow body": dribble(OK + b"Content-Length: 9999\r\n\r\ndata: ", b"x"),
+    "blank lines": dribble(OK + b"Content-Length: 9999\r\n\r\n", b"\n"),
+    "a line without end": dribble(OK + b"\r\ndata: ", b"x" * 100),
+    "a slow error": dribble(b"HTTP/1.1 500 Oops\r\n\r\n", b"x"),
+    "a slow answer": dribble(OK + b"\r\n", sse(delta("字"), end="")),
+}
+
+
+@pytest.mark.parametrize("script", DRIBBLES.values(), ids=DRIBBLES)
+def test_a_server_that_dribbles_cannot_hold_a_call(ai_socket, script):
+    began = time.monotonic()
+    with pytest.raises(ProviderError) as caught:
+        ask_socket(ai_socket(script).url, 0.3)
+    assert caught.value.kind == "slow"
+    assert 0.2 < time.monotonic() - began < 1.5
+
+
+def test_an_address_nobody_answers_at_cannot_hold_a_call():
+    with closing(socket.create_server(("127.0.0.1", 0), backlog=0)) as full:
+        address = full.getsockname()
+        with closing(socket.create_connection(address)):
+            began = time.monotonic()
+            with pytest.raises(ProviderError) as caught:
+                ask_socket(f"http://127.0.0.1:{address[1]}", 1.0)
+    assert caught.value.kind in ("slow", "busy")
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nConte",
+        OK + b"\r\n" + sse(delta("一"), end=""),
+        OK + b"Content-Length: 999\r\n\r\n" + sse(delta("一"), end=""),
+        OK
+        + b"Transfer-Encoding: chunked\r\n\r\n"
+        + ai_chunked(sse(delta("一"), end="")),
+        OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"not HTTP at all\r\n\r\n",
+    ],
+)
+def test_a_cut_connection_is_an_error_and_tried_again(ai_socket, no_pause, cut):
+    server = ai_socket(cut, cut, OK + b"\r\n" + RECORDED["openai"])
+    assert "".join(ask_socket(server.url, whole=True)) == ANSWER
+    assert len(server.heads) == 3
+
+
+def test_nobody_listening_is_busy_and_tried_again(no_pause, monkeypatch):
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(ProviderError) as caught:
+        ask_socket(f"http://127.0.0.1:{port}")
+    assert caught.value.kind == "busy"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "nonsense", "http://[::1", "ftp://a", "http://a b"]
+)
+def test_an_address_that_is_none_is_a_matter_of_the_setup(url):
+    with pytest.raises(ProviderError) as caught:
+        ask_socket(url, 5)
+    assert caught.value.kind == "setup"
+
+
+STOPPED = {
+    "before the headers": silent(b""),
+    "in the body": silent(OK + b"\r\n" + sse(delta("一"), end="")),
+    "among keep-alives": dribble(OK + b"\r\n", b": keep-alive\n\n"),
+    "in a chunked body": silent(OK + b"Transfer-Encoding: chunked\r\n\r\n"),
+    "in the back-off": b"HTTP/1.1 503 Busy\r\nRetry-After: 20\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("script", STOPPED.values(), ids=STOPPED)
+def test_a_call_is_ended_from_another_thread(ai_socket, script):
+    server, call = ai_socket(script), Call(30)
+    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    timer = threading.Timer(0.3, call.stop)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(ProviderError) as caught:
+        list(provider.chat(QUESTION, call))
+    timer.join()
+    assert caught.value.kind == "stopped"
+    assert not caught.value.retry
+    assert 0.2 < time.monotonic() - began < 1
+
+
+def test_a_stopped_call_asks_nobody(ai_socket):
+    server, call = ai_socket(b""), Call(30)
+    call.stop()
+    with pytest.raises(ProviderError) as caught:
+        list(Provider(PROVIDERS["openai"], AI_KEY, server.url).chat(QUESTION, call))
+    assert (caught.value.kind, server.heads) == ("stopped", [])
+
+
+def test_leaving_the_loop_ends_the_call(ai_socket):
+    gone = threading.Event()
+
+    def script(connection):
+        connection.sendall(OK + b"\r\n" + sse(delta("一"), end=""))
+        if not connection.recv(1):
+            gone.set()
+
+    provider = Provider(PROVIDERS["openai"], AI_KEY, ai_socket(script).url)
+    chunks = provider.chat(QUESTION, Call(30))
+    assert next(chunks) == "一"
+    chunks.close()
+    assert gone.wait(5)
+
+
+def keeping(body, framing=ai_chunked):
+    def script(connection):
+        connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(ai_chunked(body) + b"0\r\n\r\n")
+        return True
+
+    return script
+
+
+@pytest.mark.parametrize("recorded", ["openai", "without a space", "plain JSON"])
+def test_a_connection_serves_one_answer_after_another(ai_socket, recorded):
+    server = ai_socket(keeping(RECORDED[recorded]))
+    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    for _ in range(3):
+        call = Call(20)
+        assert joined(provider.chat(QUESTION, call)) == ANSWER
+        call.stop()  # it is over, so this must not cut what the next one uses
+    assert len(server.heads) == 3
+    assert len(server.peers) == 1
+
+
+def test_an_answer_is_complete_though_the_connection_stays_open(ai_socket):
+    server = ai_socket(silent(OK + b"\r\n" + sse(delta("一", "stop"), end="")))
+    began = time.monotonic()
+    assert ask_socket(server.url, 10, whole=True) == ["一"]
+    assert time.monotonic() - began < 2
+
+
+def test_threads_without_end_do_not_pile_up(ai_socket):
+    server = ai_socket(keeping(RECORDED["openai"]))
+    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    before = threading.active_count()
+    for _ in range(20):
+        joined(provider.chat(QUESTION, Call(600)))
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before + 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before + 2
+
+
+def test_netrc_does_not_replace_the_key(ai_socket, tmp_path, monkeypatch):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    server = ai_socket(OK + b"\r\n" + RECORDED["openai"])
+    assert requests.utils.get_netrc_auth(server.url)  # so requests would have used it
+    for name, key in (("openai", AI_KEY), ("ollama", "")):
+        assert "".join(ask_socket(server.url, name=name, key=key)) == ANSWER
+    assert f"\nAuthorization: Bearer {AI_KEY}" in server.heads[0]
+    assert "Authorization" not in server.heads[1]
+
+
+def test_a_proxy_of_the_environment_is_used(ai_socket, monkeypatch):
+    proxy = ai_socket(OK + b"\r\n" + RECORDED["openai"])
+    monkeypatch.setenv("HTTP_PROXY", proxy.url)
+    assert "".join(ask_socket("http://ai.example/v1")) == ANSWER
+    assert proxy.heads[0].startswith("POST http://ai.example/v1/chat/completions HTTP")
+    assert f"\nAuthorization: Bearer {AI_KEY}" in proxy.heads[0]
+
+
+def test_a_proxy_that_tunnels_is_used_and_cannot_hold_a_call(ai_socket, monkeypatch):
+    proxy = ai_socket(dribble(b"", b"H"))
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    began = time.monotonic()
+    with pytest.raises(ProviderError) as caught:
+        ask_socket("https://ai.example/v1", 0.5)
+    assert proxy.heads[0].startswith("CONNECT ai.example:443 HTTP/1.")
+    assert AI_KEY not in proxy.heads[0]
+    assert caught.value.kind == "slow"
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_redirect_is_not_followed(ai_socket):
+    other = ai_socket(OK + b"\r\n" + RECORDED["openai"])
+    for status in (301, 302, 303, 307, 308):
+        head = f"HTTP/1.1 {status} Moved\r\nLocation: {other.url}/x\r\n\r\n"
+        server = ai_socket(head.encode())
+        with pytest.raises(ProviderError) as caught:
+            ask_socket(server.url)
+        assert (caught.value.kind, len(server.heads)) == ("setup", 1)
+    assert not other.heads
+
+
+@pytest.mark.parametrize(
+    "key", ["sk-se\ncret", "sk-se\r\n cret", "sk-secret密钥", "sk-\0secret"]
+)
+@pytest.mark.parametrize("name", ["openai", "minimax-completion"])
+def test_a_key_that_no_header_can_hold_is_not_told(ai_socket, caplog, name, key):
+    server = ai_socket(b"")
+    with pytest.raises(ProviderError) as caught:
+        ask_socket(server.url, key=key, name=name)
+    try:
+        raise RuntimeError("what follows") from caught.value
+    except RuntimeError:
+        logging.exception("it failed")
+    told = caplog.text + "".join(traceback.format_exception(caught.value))
+    told += repr(caught.value) + repr(Provider(PROVIDERS[name], key))
+    assert caught.value.kind == "setup"
+    assert "it failed" in caplog.text
+    assert "cret" not in told.replace("secret(", "")
+    assert not server.heads
+
+
+def test_an_error_is_told_in_short_and_without_the_key():
+    text = f"bad key {AI_KEY}\n" + "x" * 10_000
+    body = ai_json({"error": {"message": text}}).encode()
+    error, _ = ai_failure(body, status=401, headers={"Trace-Id": "t-1"})
+    assert AI_KEY not in str(error)
+    assert "\n" not in str(error)
+    assert "t-1" in str(error)
+    assert 500 < len(str(error)) < 600
+
+
+def test_tls_is_read_and_stopped_and_ended_like_any_other(
+    ai_socket, tmp_path, monkeypatch
+):
+    made = subprocess.run(
+        "openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out cert -days 2 "
+        "-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 "
+        "-addext basicConstraints=critical,CA:TRUE "
+        "-addext keyUsage=critical,keyCertSign,digitalSignature",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    if made.returncode:
+        pytest.skip("openssl is not installed")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert"))
+    server = ai_socket(
+        keeping(RECORDED["openai"]),
+        keeping(RECORDED["openai"]),
+        dribble(OK + b"\r\n", b": x\n"),
+        dribble(OK, b"X: x\r\n"),
+        silent(b""),
+        context=context,
+    )
+    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    for _ in range(2):
+        assert joined(provider.chat(QUESTION, Call(20))) == ANSWER
+    assert len(server.peers) == 1
+    for seconds, stop, kind in (
+        (0.5, 9, "slow"),
+        (0.5, 9, "slow"),
+        (9, 0.3, "stopped"),
+    ):
+        call, began = Call(seconds), time.monotonic()
+        timer = threading.Timer(stop, call.stop)
+        timer.start()
+        with pytest.raises(ProviderError) as caught:
+            list(provider.chat(QUESTION, call))
+        timer.cancel()
+        assert caught.value.kind == kind
+        assert time.monotonic() - began < 1.5
