@@ -1,8 +1,8 @@
 """Signatures of Tencent IM: the UserSig of REST calls and the Sign of callbacks.
 
-Each is made by one function and checked by its twin. A check returns what it has checked or
-raises BadSignature; nothing here reads the environment or logs. A UserSig is not a JWT: it is
-compressed JSON with an HMAC inside (TLSSigAPIv2).
+Each is made by one function and checked by its twin. A check returns what it has checked
+or raises BadSignature; nothing here reads the environment or logs. A UserSig is not a
+JWT: it is compressed JSON with an HMAC inside (TLSSigAPIv2).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def gen_user_sig(
 
 
 def check_user_sig(key: str, user_sig: str, now: float | None = None) -> dict[str, Any]:
-    """Return the fields of a UserSig; raise BadSignature (70003, 70009 or 70001) if it is bad."""
+    """Return the fields of a UserSig; raise BadSignature (70003, 70009, 70001)."""
     fields = _unpack(user_sig)
     try:
         userid, appid = str(fields["TLS.identifier"]), int(fields["TLS.sdkappid"])
@@ -79,9 +79,10 @@ def sign_callback(token: str, request_time: str) -> str:
 def check_callback(
     tokens: Iterable[str], sign: str, request_time: str, now: float | None = None
 ) -> None:
-    """Raise BadSignature unless one of `tokens` made `sign`, at most CALLBACK_WINDOW seconds ago.
+    """Raise BadSignature unless one of `tokens` made `sign` in the last minute.
 
     Several tokens let an operator change the token without losing a callback.
+    https://www.tencentcloud.com/document/product/1047/34354
     """
     matches = [
         _equal(sign_callback(token, request_time), sign.lower()) for token in tokens
