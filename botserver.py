@@ -22,7 +22,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from store import REMEMBERED, Claim, Store, StoreError, open_store
 from usersig import BadSignature, check_callback, gen_user_sig
 
 __version__ = "1.0.0"
+OK = {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
 LARGEST_CALLBACK = 1 << 20  # bytes
 PATROL = 0.5  # seconds between two looks at what the store holds for us
 NOTICE_EVERY = 600  # seconds in which a user is told once why messages are refused
@@ -316,7 +317,7 @@ class Bot:
     def __init__(self, config: Config, store: Store, im: tim.Client) -> None:
         self.config, self.store, self.im = config, store, im
         self.texts = TEXTS[config.bot_language]
-        self._http = providers.open_session(config.worker_threads)
+        self._providers: dict[Persona, Provider] = {}
         self._lock = threading.Lock()  # guards the next four
         self._wake_up = threading.Condition(self._lock)  # a thread may be wanted
         self._done = threading.Condition(self._lock)  # an answer has ended
@@ -337,7 +338,10 @@ class Bot:
 
     def provider(self, robot: str) -> Provider:
         """Return the AI service of a robot."""
-        return make_provider(self.config, self.persona(robot), self._http)
+        persona = self.persona(robot)
+        if persona not in self._providers:
+            self._providers[persona] = make_provider(self.config, persona)
+        return self._providers[persona]
 
     def accept(self, message: tim.Message) -> None:
         """Store a message and wake a thread for it. Raises StoreError, Overloaded.
@@ -354,7 +358,7 @@ class Bot:
             if self.store.count(f"{refusal}\t{message.user}", NOTICE_EVERY) > 1:
                 return
             lane, message = f"{lane}\tnotice", replace(message, kind=refusal)
-        if self.store.add(message.id, lane, asdict(message)):
+        if self.store.add(message.id, lane, message.data()):
             self._waiting += 1
             if stop:
                 self.store.request_stop(conversation)
@@ -626,20 +630,16 @@ class Bot:
         logger.info("stopped; %d messages were left to others", len(left))
 
 
-def make_provider(config: Config, persona: Persona, http: requests.Session) -> Provider:
+def make_provider(config: Config, persona: Persona) -> Provider:
     """Return the AI service of a persona, with the key that is set for it."""
     name = persona.provider or config.ai_provider
-    if name != config.ai_provider:
-        key = config.ai_secret_keys.get(name, "")
-        return Provider(PROVIDERS[name], key, model=persona.model, http=http)
-    return Provider(
-        PROVIDERS[name],
-        config.ai_secret_key,
-        config.ai_base_url,
-        persona.model or config.ai_model,
-        config.ai_extra_body,
-        http,
-    )
+    service, url, threads = PROVIDERS[name], "", config.worker_threads
+    key, model, extra = config.ai_secret_keys.get(name, ""), persona.model, {}
+    if name == config.ai_provider:
+        key, url, extra = config.ai_secret_key, config.ai_base_url, config.ai_extra_body
+        model = model or config.ai_model
+    http = providers.open_session(url or service.url, threads)
+    return Provider(service, key, url, model, extra, http)
 
 
 def make_client(config: Config) -> tim.Client:
@@ -708,7 +708,7 @@ def create_app(config: Config | None = None) -> Flask:
             return _refuse(503, "too many messages wait (MAX_BACKLOG)")
         except StoreError as error:
             return _refuse(503, str(error))
-        return {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}, 200
+        return OK, 200
 
     @app.get("/healthz")
     def healthz() -> tuple[dict[str, Any], int]:
@@ -785,7 +785,7 @@ def _told() -> Iterator[None]:
 def ask(text: str) -> None:
     """Ask the AI service TEXT, once, and print its answer as it comes."""
     config = _config_or_exit()
-    provider = make_provider(config, NOBODY, providers.open_session(1))
+    provider = make_provider(config, NOBODY)
     chat = [
         {"role": "system", "content": config.ai_system_prompt},
         {"role": "user", "content": text},
@@ -900,7 +900,7 @@ def _check_clock(config: Config) -> str:
 def _check_ai(config: Config) -> str:
     seen = []
     for persona in {NOBODY, *config.robots.values()}:
-        provider = make_provider(config, persona, providers.open_session(1))
+        provider = make_provider(config, persona)
         chat = [{"role": "user", "content": "Say OK."}]
         began = time.monotonic()
         providers.joined(provider.chat(chat, Call(config.ai_timeout), whole=True))

@@ -140,12 +140,17 @@ class _Adapter(HTTPAdapter):
         return pool
 
 
-def open_session(threads: int) -> requests.Session:
-    """Return a session that `threads` threads may share.
+def open_session(url: str, threads: int = 64) -> requests.Session:
+    """Return a session for an address that `threads` threads may share.
 
-    Nothing in it changes afterwards but the connection pool, which urllib3 locks.
+    Nothing in it changes afterwards but the connection pool, which urllib3 locks. It
+    takes proxies and CA bundle from the environment once, not at every request, and
+    ~/.netrc never: an entry there would replace the key.
     """
     session = requests.Session()
+    settings = session.merge_environment_settings(url, {}, None, None, None)
+    session.proxies, session.verify = settings["proxies"], settings["verify"]
+    session.trust_env = False
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
         session.mount(scheme, _Adapter(pool_maxsize=threads))
@@ -206,11 +211,14 @@ class Provider:
     url: str = ""
     model: str = ""
     extra: Json = field(default_factory=dict)
-    http: requests.Session = field(default_factory=lambda: open_session(64), repr=False)
+    http: requests.Session = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         key = self.key.strip().removeprefix("Bearer ").strip()
+        url = (self.url or self.service.url).rstrip("/")
         object.__setattr__(self, "key", key)
+        object.__setattr__(self, "url", url)
+        object.__setattr__(self, "http", self.http or open_session(url))
 
     def chat(self, messages: list[Json], call: Call, whole: bool = False) -> Chunks:
         """Yield the answer as it comes, or in one piece if `whole`.
@@ -261,24 +269,7 @@ class Provider:
         """Send a request, yield the response if it is a 200. Raises ProviderError."""
         call.check()
         try:
-            with (
-                call,
-                self.http.post(
-                    (self.url or self.service.url).rstrip("/") + path,
-                    data=json.dumps(body, ensure_ascii=False).encode(
-                        "utf-8", "replace"
-                    ),
-                    headers=HEADERS,
-                    auth=self._sign,
-                    # The first is for each address of a host, and it may have several.
-                    timeout=(
-                        min(CONNECT_TIMEOUT, call.left() / 4 + 0.1),
-                        call.left() + 1,
-                    ),
-                    stream=True,
-                    allow_redirects=False,
-                ) as response,
-            ):
+            with call, self._send(path, body, call) as response:
                 if response.status_code != 200:
                     text = b"\n".join(lines(response, call))
                     raise self.error(_json(text), response)
@@ -290,8 +281,21 @@ class Provider:
             name = type(error).__name__  # its text may hold the key
             raise ProviderError(kind, f"no connection, or cut: {name}") from None
 
+    def _send(self, path: str, body: Json, call: Call) -> requests.Response:
+        # The first is for each address of a host, and it may have several.
+        timeout = (min(CONNECT_TIMEOUT, call.left() / 4 + 0.1), call.left() + 1)
+        return self.http.post(
+            self.url + path,
+            data=json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"),
+            headers=HEADERS,
+            auth=self._sign,
+            timeout=timeout,
+            stream=True,
+            allow_redirects=False,
+        )
+
     def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Set the key, as an `auth`: else an entry in ~/.netrc would replace it."""
+        """Set the key."""
         token = self.service.token(self.key)
         if not (token.isascii() and token.isprintable()):
             raise ProviderError("setup", "AI_SECRET_KEY has a character no key has")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
+from urllib.parse import quote
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -119,6 +120,10 @@ class Message:
     topic: str = ""
     images: tuple[str, ...] = ()  # URLs
     kind: str = "question"  # or "stop" (a button), "strange" (a voice, a file, a face)
+
+    def data(self) -> Json:
+        """Return the fields, for the store."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
     def conversation(self, per_member: bool = False) -> str:
         """Return the key of the chat: who shares an order and a memory.
@@ -367,6 +372,9 @@ class Client:
         # Threads share the session: nothing in it changes after these lines but the
         # connection pool, which urllib3 locks.
         self._http = requests.Session()
+        env = self._http.merge_environment_settings(url, {}, None, None, None)
+        self._http.proxies, self._http.verify = env["proxies"], env["verify"]
+        self._http.trust_env = False  # which else looks there for every call
         self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._http.mount(url, HTTPAdapter(pool_maxsize=threads))
 
@@ -479,17 +487,13 @@ class Client:
                     raise
 
     def _post(self, command: str, data: bytes, sig: str) -> Json:
-        query: dict[str, str | int] = {
-            "sdkappid": self.sdkappid,
-            "identifier": self.admin,
-            "usersig": sig,
-            "random": random.getrandbits(32),
-            "contenttype": "json",
-        }
+        query = (
+            f"sdkappid={self.sdkappid}&identifier={quote(self.admin)}"
+            f"&usersig={quote(sig)}&random={random.getrandbits(32)}&contenttype=json"
+        )
         try:
             response = self._http.post(
-                f"{self.url}/v4/{command}",
-                params=query,
+                f"{self.url}/v4/{command}?{query}",
                 data=data,
                 headers={"Content-Type": "application/json"},
                 timeout=TIMEOUT,

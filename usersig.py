@@ -1,6 +1,6 @@
 """Signatures of Tencent IM: the UserSig of REST calls and the Sign of callbacks.
 
-Each is made by one function and checked by its twin. A check returns what it has checked
+Each is made by one function and checked by its twin. A check returns what it checked
 or raises BadSignature; nothing here reads the environment or logs. A UserSig is not a
 JWT: it is compressed JSON with an HMAC inside (TLSSigAPIv2).
 """
