@@ -148,8 +148,9 @@ def open_session(url: str, threads: int = 64) -> requests.Session:
     ~/.netrc never: an entry there would replace the key.
     """
     session = requests.Session()
-    settings = session.merge_environment_settings(url, {}, None, None, None)
-    session.proxies, session.verify = settings["proxies"], settings["verify"]
+    with suppress(ValueError):  # a broken address is told of when it is asked
+        settings = session.merge_environment_settings(url, {}, None, None, None)
+        session.proxies, session.verify = settings["proxies"], settings["verify"]
     session.trust_env = False
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
