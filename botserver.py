@@ -16,6 +16,7 @@ import atexit
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -326,6 +327,8 @@ class Bot:
         self._closing, self._closed = threading.Event(), threading.Event()
         self._waiting = 0.0  # messages in the store, as the patrol last saw it
         self._store_down = False
+        self._owed: list[Claim] = []  # to be released when the store works again
+        self.leaving = False  # claim no more
         self._patrol = threading.Thread(target=self._walk, daemon=True)
 
     def start(self) -> None:
@@ -398,7 +401,8 @@ class Bot:
 
     def _claim(self) -> Claim | None:
         try:
-            return None if self._closing.is_set() else self.store.claim()
+            stop = self.leaving or self._closing.is_set()
+            return None if stop else self.store.claim()
         except StoreError as error:
             self._store_failed(error)
             return None
@@ -415,8 +419,9 @@ class Bot:
                     self._done.notify_all()
         except tim.IMError as error:
             self._not_sent(claim, error)
-        except StoreError as error:  # the claim runs out and somebody goes on
+        except StoreError as error:  # not the message's fault: it goes on soon
             self._store_failed(error)
+            self._owed.append(claim)
         except Lost:
             logger.warning("%s is in other hands now", claim.id)
         except Exception:
@@ -512,7 +517,8 @@ class Bot:
         work.outcome = error.kind
         why = self.texts.get(error.kind, self.texts["busy"])
         if error.kind != "stopped":
-            logger.warning("no answer for %s: %s", work.claim.id, error)
+            details = _without_quotes(str(error), work.message.text)
+            logger.warning("no answer for %s: %s", work.claim.id, details)
             work.screen.progress |= {} if text else {"failed": True}
             why = self.texts["cut"].format(why) if text else why
         return f"{text}\n\n{why}" if text else why
@@ -583,6 +589,9 @@ class Bot:
         if round % 7200 == 0:
             seconds = self.config.retention_days * 86400
             self._aside(self._try_store, self.store.prune, seconds)
+        while self._owed:
+            self.store.release(self._owed[0], 0.0)
+            self._owed.pop(0)
         self._stop_requested()
         self._waiting = self.store.stats()["waiting"]
         self._wake(self.store.due(self.config.worker_threads))
@@ -653,6 +662,14 @@ def make_client(config: Config) -> tim.Client:
     )
 
 
+def _without_quotes(details: str, text: str) -> str:
+    """Return an error's details for the log, in short if they repeat what was asked."""
+    told, asked = details.encode(), text.encode()
+    pieces = (told[start : start + 12] for start in range(max(1, len(told) - 11)))
+    quotes = any(piece in asked for piece in pieces)
+    return f"{details.split(': ')[0]}: (it repeats the question)" if quotes else details
+
+
 def read_message(data: Json) -> tim.Message:
     """Return the message that the store kept as `data`."""
     return tim.Message(**data | {"images": tuple(data["images"])})
@@ -683,6 +700,7 @@ def create_app(config: Config | None = None) -> Flask:
     bot = Bot(config, _open_store_or_exit(config), make_client(config))
     bot.start()
     atexit.register(bot.close)
+    _leave_on_sigterm(bot)
     logger.info(
         "version %s, store %s, AI service %s, replies %s, %d threads",
         __version__,
@@ -722,6 +740,18 @@ def create_app(config: Config | None = None) -> Flask:
         return _refuse(error.code or 500, error.description or error.name)
 
     return app
+
+
+def _leave_on_sigterm(bot: Bot) -> None:
+    """Claim no more when gunicorn stops a worker, not seconds later at its exit."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def leave(number: int, frame: Any) -> None:
+        bot.leaving = True
+        before(number, frame)  # type: ignore[operator,misc]
+
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, leave)
 
 
 def _config_or_exit() -> Config:

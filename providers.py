@@ -177,6 +177,7 @@ MINIMAX = _kinds(  # https://platform.minimax.io/docs/api-reference/errorcode
     once="1039",
     filter="1026 1027",
     quota="1008 1028 1030 2054 2056 2061",
+    setup="1004 1042 1043 1044 2013 2037 2038 2039 2042 2048 2049 20132",
 )
 ZHIPU = _kinds(  # https://docs.bigmodel.cn/cn/api/api-code
     busy="500 1120 1234 1302 1303 1305 1312",
@@ -184,6 +185,8 @@ ZHIPU = _kinds(  # https://docs.bigmodel.cn/cn/api/api-code
     filter="1300 1301",
     quota="1113 1304 1308 1309 1310 1311 1313",
     long="1261",
+    setup="1000 1001 1002 1004 1100 1110 1111 1112 1121 1200 1210 1211 1212 1213 1214 "
+    "1215 1220 1221 1222 1231",
 )
 TRACES = ("trace-id", "minimax-request-id", "x-mm-request-id", "x-request-id")
 
@@ -322,7 +325,7 @@ class Provider:
     def _kind(self, code: str, name: str, status: str) -> str:
         codes = self.service.codes
         if code in codes or codes and re.fullmatch(r"\d{4,}", code):
-            return codes.get(code, "setup")
+            return codes.get(code) or ("busy" if status >= "500" else "setup")
         if status == "200" and re.fullmatch(r"[45]\d\d(\d{3})?", code):
             status = code[:3]  # OpenRouter and TokenHub repeat the HTTP status there
         if "SensitiveContent" in code:

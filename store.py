@@ -454,10 +454,17 @@ class SQLiteStore(Store):
 
     def prune(self, older_than: float) -> int:
         total = super().prune(older_than)
-        with self._write_lock, contextlib.suppress(sqlite3.Error):
-            # Deleted texts leave the disk, and the WAL file becomes small again.
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._checkpoint()
         return total
+
+    def forget(self, conversation: str) -> None:
+        super().forget(conversation)
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Take deleted texts off the disk; the WAL file becomes small again, too."""
+        with self._write_lock, contextlib.suppress(sqlite3.Error):
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:

@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from email.utils import formatdate
 from pathlib import Path
@@ -39,6 +40,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from requests.structures import CaseInsensitiveDict
 
+import botserver
 import providers
 import store
 import tim
@@ -3479,3 +3481,531 @@ def test_tls_is_read_and_stopped_and_ended_like_any_other(
         timer.cancel()
         assert caught.value.kind == kind
         assert time.monotonic() - began < 1.5
+
+
+@pytest.fixture
+def start_bot(sim, tmp_path):
+    """Return a function that starts the bot as the Procfile does."""
+    bots = []
+
+    def start(**settings):
+        bots.append(BotProcess(sim, str(tmp_path), **{"RATE_LIMIT": 0} | settings))
+        return bots[-1].start()
+
+    yield start
+    for bot in bots:
+        if bot.process:
+            bot.stop(signal.SIGKILL)
+
+
+def workers(bot):
+    """Return the process ids of gunicorn's workers."""
+    log = bot.log.read_text()
+    return [int(pid) for pid in re.findall(r"Booting worker with pid: (\d+)", log)]
+
+
+def let_claims_lapse(path):
+    """Do what LEASE seconds do to the claims of processes that died."""
+    with closing(sqlite3.connect(path, timeout=10)) as other, other:
+        other.execute("UPDATE message SET due = 0 WHERE token IS NOT NULL")
+
+
+def said_to(sim, chat):
+    return [
+        m.text.split(" (")[0].removeprefix("You said: ")
+        for m in sim.delivered
+        if m.chat == chat
+    ]
+
+
+def questions(sim):
+    """Return what the AI was asked."""
+    return [asked["messages"][-1]["content"] for asked in sim.ai_requests]
+
+
+def stand(url):
+    return requests.get(f"{url}/healthz", timeout=5).json()
+
+
+def test_after_kill_9_all_is_answered_in_30_s_and_a_kept_answer_sent_again(
+    sim, start_bot
+):
+    bot = start_bot(WEB_CONCURRENCY=2, WORKER_THREADS=4)
+    sim.users |= {"kept"} | {f"user{n}" for n in range(6)}
+    # An answer that was shown, but the bot never hears of it.
+    sim.fault = lambda command, body: "late" if body["To_Account"] == "kept" else None
+    sim.say("kept", "@RBT#001", "kept")
+    poll(lambda: sim.calls)
+    sim.ai_delay = 60
+    for text in ("first", "second", "third"):
+        for number in range(6):
+            sim.say(f"user{number}", "@RBT#001", text)
+    poll(lambda: len(sim.ai_requests) >= 6)
+    bot.stop(signal.SIGKILL)
+    assert len(sim.delivered) == 1
+    sim.ai_delay, sim.fault = 0, lambda command, body: None
+    before = len(sim.calls)
+    bot.start()
+    sim.wait(19, timeout=30)
+    poll(lambda: stand(bot.url)["in_work"] == 0)
+    for number in range(6):
+        assert said_to(sim, f"user{number}") == ["first", "second", "third"]
+    sent = [body for _, body in sim.calls if body["To_Account"] == "kept"]
+    assert len({json.dumps(body) for body in sent}) == 1 and len(sim.calls) > before
+    assert sent[0] in [body for _, body in sim.calls[before:]]
+    assert said_to(sim, "kept") == ["kept"]
+    assert questions(sim).count("kept") == 1
+
+
+def test_a_message_that_kills_its_process_three_times_is_set_aside(
+    sim, start_bot, tmp_path
+):
+    bot, kills = start_bot(), []
+
+    def kill(asked):
+        if asked["messages"][-1]["content"] == "deadly":
+            kills.append(workers(bot)[-1])
+            os.kill(kills[-1], signal.SIGKILL)
+
+    sim.ai_fault = kill
+    event = sim.say("jared", "@RBT#001", "deadly")
+
+    def set_aside():
+        if len(workers(bot)) > len(kills):
+            let_claims_lapse(tmp_path / "bot.db")
+        return "set aside" in bot.log.read_text()
+
+    poll(set_aside, 30)
+    assert len({*kills}) == 3
+    [line] = [x for x in bot.log.read_text().splitlines() if "set aside" in x]
+    assert str(event["MsgRandom"]) in line and "3 times" in line
+    poll(lambda: stand(bot.url)["set_aside"] == 1)
+    sim.say("jared", "@RBT#001", "harmless")
+    assert sim.wait(1)[0].text.startswith("You said: harmless")
+
+
+def test_sigterm_finishes_what_it_can_and_leaves_the_rest_to_the_next(sim, start_bot):
+    """It takes what botserver.DRAIN says: the AI needs a minute for one answer."""
+    bot, seconds = start_bot(), {"long": 60, "short": 6}
+    hurry = threading.Event()
+
+    def answer(messages):
+        text = messages[-1]["content"]
+        hurry.wait(seconds.get(text, 0))
+        return f"You said: {text}"
+
+    sim.ai_answer = answer
+    sim.say("jared", "@RBT#001", "long")
+    sim.say("lin", "@RBT#001", "short")
+    poll(lambda: len(sim.ai_requests) == 2)
+    sim.say("lin", "@RBT#001", "next")
+    began = time.monotonic()
+    assert bot.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - began < botserver.DRAIN + 4
+    assert said_to(sim, "lin") == ["short"] and not said_to(sim, "jared")
+    assert sorted(questions(sim)) == ["long", "short"]
+    assert "1 messages were left to others" in bot.log.read_text()
+    seconds.clear()
+    hurry.set()
+    bot.start()
+    sim.wait(3, timeout=5)  # and not only when a claim has lapsed
+    assert said_to(sim, "lin") == ["short", "next"] and said_to(sim, "jared") == [
+        "long"
+    ]
+
+
+def test_sighup_reloads_without_a_refused_callback(sim, start_bot):
+    bot = start_bot(WEB_CONCURRENCY=2, MAX_WAITING=10**6)
+    sim.users |= {f"user{n}" for n in range(4)}
+    sim.bot_url, done = "", threading.Event()
+    answers, asked = [], [0] * 4
+
+    def ask_on(user):
+        while not done.is_set():
+            event = sim.say(f"user{user}", "@RBT#001", str(asked[user]))
+            signed = sim.signed(event)
+            answers.append(requests.post(f"{bot.url}/im", params=signed, json=event))
+            asked[user] += 1
+
+    threads = [threading.Thread(target=ask_on, args=(user,)) for user in range(4)]
+    for thread in threads:
+        thread.start()
+    for booted in (2, 4, 6):
+        poll(lambda booted=booted: len(workers(bot)) == booted and len(answers) > 99)
+        answers_before = len(answers)
+        bot.process.send_signal(signal.SIGHUP)
+        poll(lambda before=answers_before: len(answers) > before + 100)
+    poll(lambda: len(workers(bot)) == 8)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == sum(asked) > 400
+    assert {answer.status_code for answer in answers} == {200}
+    sim.wait(len(answers), timeout=40)
+    for user in range(4):
+        assert said_to(sim, f"user{user}") == [str(n) for n in range(asked[user])]
+
+
+def memory(pid):
+    """Return the bytes a process holds in memory."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
+def test_three_times_too_much_is_acknowledged_quickly_and_worked_off_in_order(
+    sim, start_bot
+):
+    """Six threads and an AI of about 0.1 s answer 60 a second; 180 come."""
+    bot = start_bot(WORKER_THREADS=6, MAX_WAITING=1000)
+    users = [f"user{n}" for n in range(6)]
+    sim.users |= {*users}
+    began, took, chance = time.monotonic(), [], random.Random(1)
+
+    def answer(messages):
+        time.sleep(chance.uniform(0, 0.2))
+        return f"You said: {messages[-1]['content']}"
+
+    sim.ai_answer = answer
+
+    def ask(user):
+        for number in range(120):
+            time.sleep(max(0, began + number / 30 - time.monotonic()))
+            start = time.monotonic()
+            sim.say(user, "@RBT#001", str(number))
+            took.append(time.monotonic() - start)
+
+    threads = [threading.Thread(target=ask, args=(user,)) for user in users]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stand(bot.url)["waiting"] > 200
+    assert memory(workers(bot)[-1]) < 120e6
+    sim.wait(720, timeout=60)
+    assert sorted(took)[int(len(took) * 0.99)] < 1
+    for user in users:
+        assert said_to(sim, user) == [str(number) for number in range(120)]
+
+
+def test_past_the_greatest_backlog_a_callback_is_refused_and_not_kept(
+    sim, make_app, caplog
+):
+    im = Caller(sim, make_app(max_backlog=5, rate_limit=0).test_client())
+    sim.ai_delay = 1
+    codes = [im.say(str(number)).status_code for number in range(9)]
+    assert codes[0] == 200 and codes[-1] == 503
+    assert "MAX_BACKLOG" in caplog.text
+    sim.ai_delay = 0
+    poll(lambda: idle(im))
+    assert said_to(sim, "jared") == [str(n) for n in range(9) if codes[n] == 200]
+    poll(lambda: im.say("later").status_code == 200)
+    poll(lambda: "later" in said_to(sim, "jared"))
+
+
+@contextmanager
+def locked(path, bot):
+    with closing(sqlite3.connect(path, timeout=10)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@contextmanager
+def read_only(path, bot):
+    for switch in ("ON", "OFF"):
+        with bot.store._write_lock:
+            bot.store._writer.execute(f"PRAGMA query_only = {switch}")
+        if switch == "ON":
+            yield
+
+
+@contextmanager
+def full(path, bot):
+    """Let no file of this process grow, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("broken", [locked, read_only, full])
+def test_a_store_that_fails_costs_nothing_but_time(
+    sim, make_app, tmp_path, caplog, broken
+):
+    app, path = make_app(), tmp_path / "bot.db"
+    im, bot = Caller(sim, app.test_client()), app.extensions["bot"]
+    sim.ai_delay = 0.5
+    im.say("before")
+    poll(lambda: sim.ai_requests)
+    with broken(path, bot):
+        answer = im.say("during")
+        assert answer.status_code == 503 and answer.get_json()["ActionStatus"] == "FAIL"
+        poll(lambda: "cannot be written" in caplog.text)
+        assert im.say("during").status_code == 503
+        poll(lambda: not bot._work)
+    poll(lambda: im.say("after").status_code == 200)
+    let_claims_lapse(path)
+    poll(lambda: len(sim.delivered) == 2 and idle(im))
+    assert said_to(sim, "jared") == ["before", "after"]
+    assert "Traceback" not in caplog.text
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**400, -(2**64), 1e308, float("nan"), "\0", "\ud800", "@RBT#"])
+    | st.floats()
+    | st.text(st.characters(), max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=9), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+ELEMENTS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "MsgType": st.sampled_from(
+                ["TIMTextElem", "TIMImageElem", "TIMCustomElem", *sorted(tim.STRANGE)]
+            )
+            | JSON,
+            "MsgContent": st.dictionaries(
+                st.sampled_from(["Text", "Data", "ImageInfoArray", "UUID"]), JSON
+            )
+            | JSON,
+        }
+    ),
+    max_size=3,
+)
+FIELDS = st.dictionaries(
+    st.sampled_from(
+        "CallbackCommand From_Account To_Account GroupId TopicId MsgSeq MsgRandom "
+        "Random MsgTime MsgBody AtRobots_Account SendMsgResult EventTime".split()
+    ),
+    JSON,
+    max_size=3,
+)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=9)
+BODIES = (
+    st.binary(max_size=200)
+    | JSON
+    | st.tuples(st.booleans(), FIELDS)
+    | st.tuples(st.booleans(), st.fixed_dictionaries({"MsgBody": ELEMENTS}))
+    | st.integers(1, 200_000).map(lambda depth: b'{"MsgBody":' + b"[" * depth)
+    | st.integers(1, 20_000).map(lambda depth: b'{"a":' * depth + b"1" + b"}" * depth)
+)
+
+
+def test_nothing_that_is_called_makes_an_error_or_costs_a_thread(sim, make_app, caplog):
+    app = make_app(rate_limit=0, max_waiting=10**6)
+    im, bot = Caller(sim, app.test_client()), app.extensions["bot"]
+    examples = [
+        sim.say("jared", "@RBT#001", "hi"),
+        sim.say_in_group("jared", "@TGS#demo", "hi", ["@RBT#001"]),
+    ]
+
+    calls = []  # made later: Hypothesis wants nobody else to use random meanwhile
+
+    @settings(max_examples=400, deadline=None)
+    @given(
+        query=st.dictionaries(
+            st.sampled_from(["CallbackCommand", "OptPlatform"]) | TEXT, TEXT, max_size=3
+        ),
+        body=BODIES,
+    )
+    def collect(query, body):
+        calls.append((query, body))
+
+    collect()
+    for query, body in calls:
+        if isinstance(body, tuple):
+            body = examples[body[0]] | body[1]
+        data = body if isinstance(body, bytes) else json.dumps(body)
+        answer = im.post(examples[0], body=data, **query)
+        assert answer.status_code in (200, 400), (query, data)
+        said = answer.get_json()
+        assert (said["ActionStatus"] == "OK") == (answer.status_code == 200)
+    poll(lambda: idle(im))
+    many = bot.config.worker_threads
+    sim.users |= {f"afterwards{n}" for n in range(many)}
+    sim.ai_delay = 0.5  # so that each needs a thread of its own
+    for number in range(many):
+        assert im.say("hello", user=f"afterwards{number}").status_code == 200
+    poll(lambda: sum(m.chat.startswith("afterw") for m in sim.delivered) == many, 10)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_path):
+    """At DEBUG, gunicorn too, through successes and failures of every kind."""
+    sim.token, sim.ai_key = "the-token-of-callbacks", "the-key-of-the-ai"
+    sigs, rest, seen = set(), sim.rest, []
+
+    def listen(path, query, body):
+        sigs.add(query["usersig"])
+        return rest(path, query, body)
+
+    sim.rest = listen
+    loud = {"LOG_LEVEL": "DEBUG", "AI_TIMEOUT": 2}
+
+    def start(**settings):
+        bot = start_bot(**loud | settings)
+        bot.stop()
+        bot.env["GUNICORN_CMD_ARGS"] += " --log-level debug"
+        return bot.start()
+
+    def say(text="the-text-of-a-user", wait=1, **fields):
+        count = len(sim.delivered)
+        event = sim.say("jared", "@RBT#001", text, **fields)
+        if wait:
+            sim.wait(count + wait)
+        return event
+
+    bot = start()
+    event = say()
+    echo = {"type": "error", "error": {"type": "x", "message": f"no: {sim.ai_key} (2)"}}
+    for status in (400, 401, 500):
+        sim.ai_fault = lambda asked, status=status: (status, echo)
+        say()
+    sim.ai_fault = lambda asked: None
+    for fault in ("lost", "late", 60007):
+        faults = [fault]
+        sim.fault = lambda command, body, faults=faults: faults and faults.pop()
+        say()
+    sim.fault = lambda command, body: 20003
+    say(wait=0)
+    poll(lambda: stand(bot.url)["set_aside"] == 1)
+    sim.fault = lambda command, body: None
+    im, sim.bot_url = requests, ""
+    for query in ({"Sign": "0" * 64}, {"RequestTime": "1"}, {"SdkAppid": "1"}):
+        signed = sim.signed(event) | query
+        seen.append(im.post(f"{bot.url}/im", params=signed, json=event))
+    for body in (b"the-text-of-a-user", b'{"Text": "the-text-of-a-user', b"x" * 2**21):
+        signed = sim.signed(event)
+        seen.append(im.post(f"{bot.url}/im", params=signed, data=body))
+    wrong = event | {"MsgBody": "the-text-of-a-user"}
+    seen.append(im.post(f"{bot.url}/im", params=sim.signed(wrong), json=wrong))
+    seen += [im.get(f"{bot.url}/{path}") for path in ("", "im", "healthz")]
+    with locked(tmp_path / "bot.db", None):
+        event = sim.say("jared", "@RBT#001", "the-text-of-a-user")
+        seen.append(im.post(f"{bot.url}/im", params=sim.signed(event), json=event))
+    assert seen[-1].status_code == 503
+    bot.stop()
+    nowhere = "http://127.0.0.1:1"
+    for changes in (
+        {"REPLY_MODE": "stream"},
+        {"REPLY_MODE": "modify", "AI_SECRET_KEY": "the-key-that-is-wrong"},
+        {"AI_BASE_URL": nowhere},
+        {"IM_API_URL": nowhere},
+        {"IM_KEY": "the-key-that-is-wrong"},
+    ):
+        bot = start(**changes)
+        deaf = "IM_API_URL" in changes or "IM_KEY" in changes
+        event = say(wait=not deaf)
+        if deaf:
+            number = str(event["MsgRandom"])
+            log = bot.log
+            poll(lambda log=log, number=number: f"{number}\t" in log.read_text())
+        seen.append(requests.get(f"{bot.url}/healthz"))
+        bot.stop(signal.SIGKILL if deaf else signal.SIGTERM)
+    printed = bot.log.read_text() + "".join(
+        f"{answer.status_code} {answer.headers} {answer.text}" for answer in seen
+    )
+    assert "DEBUG" in printed and "refused with 503" in printed and len(sigs) >= 2
+    hidden = {sim.key, sim.token, sim.ai_key, "the-key-that-is-wrong"}
+    for secret in {*hidden, *sigs, "the-text-of-a-user", "You said"}:
+        assert secret not in printed
+    assert not re.search(r"eJ[\w*-]{60}", printed)  # a UserSig of any second
+
+
+def stored(folder):
+    """Return all that the files of the store hold."""
+    return b"".join(file.read_bytes() for file in folder.glob("bot.db*"))
+
+
+def test_without_memory_no_text_of_an_answered_message_stays_on_disk(
+    sim, make_app, tmp_path
+):
+    app = make_app(history_turns=0)
+    im = Caller(sim, app.test_client())
+    im.say("the-text-of-a-user")
+    assert "the-text-of-a-user" in sim.wait(1)[0].text
+    poll(lambda: idle(im))
+    app.extensions["bot"].store.prune(86400)  # as the patrol does each hour
+    assert b"the-text-of-a-user" not in stored(tmp_path)
+    assert b"jared" in stored(tmp_path)  # the id, by which a redelivery is known
+
+
+def test_clear_leaves_no_text_on_disk(sim, make_app, tmp_path):
+    app = make_app()
+    im = Caller(sim, app.test_client())
+    im.say("the-text-of-a-user")
+    sim.wait(1)
+    poll(lambda: idle(im))
+    assert b"the-text-of-a-user" in stored(tmp_path)
+    im.say("/clear")
+    sim.wait(2)
+    poll(lambda: idle(im))
+    app.extensions["bot"].store.prune(86400)
+    assert b"the-text-of-a-user" not in stored(tmp_path)
+
+
+@pytest.mark.parametrize("turns", [20, 0])
+def test_a_callback_that_is_replayed_later_is_answered_once(sim, make_app, turns):
+    app = make_app(history_turns=turns)
+    im = Caller(sim, app.test_client())
+    events = [sim.say("jared", "@RBT#001", text) for text in ("once", "/clear")]
+    events.append(sim.say_in_group("jared", "@TGS#demo", "once", ["@RBT#001"]))
+    for event in events:
+        assert im.post(event).status_code == 200
+    sim.wait(3)
+    poll(lambda: idle(im))
+    app = make_app(history_turns=turns)  # and after a restart
+    for again in (im, Caller(sim, app.test_client())):
+        for event in events:
+            assert again.post(event).status_code == 200
+    im.say("afterwards")
+    poll(lambda: "afterwards" in said_to(sim, "jared") and idle(im))
+    assert len(sim.delivered) == 4 and len(sim.ai_requests) == 3
+
+
+@pytest.mark.parametrize("died", ["as it kept the answer", "as it sent the answer"])
+def test_a_stream_that_a_dead_process_began_does_not_swallow_the_answer(sim, died):
+    client = tim.Client(sim.url, APPID, KEY, "administrator")
+    message, saved = tim.Message("id", "@RBT#001", "jared", "hi"), {}
+    tim.Streamed(client, message, 7, {}, saved.update).open()
+    if died == "as it sent the answer":
+        saved |= {"said": "", "index": 1}
+        sim.delivered[0].time -= 20  # Tencent has closed it meanwhile
+        faults = ["lost"]
+        sim.fault = lambda command, body: faults and faults.pop()
+    tim.Streamed(client, message, 7, dict(saved), saved.update).close("the answer")
+    assert "the answer" in sim.delivered[-1].text
+    assert all(message.closed for message in sim.delivered)
+
+
+@pytest.mark.parametrize("mode", ["modify", "custom", "stream"])
+def test_an_opening_that_im_took_but_did_not_confirm_is_not_left_open(
+    sim, make_app, mode
+):
+    im = Caller(sim, make_app(reply_mode=mode).test_client())
+    faults = [60007, 60007, "late"]
+    sim.fault = lambda command, body: faults and faults.pop()
+    im.say("hello")
+    poll(lambda: not faults and idle(im))
+    assert [message.closed for message in sim.delivered] == [True]
+    assert sim.delivered[0].text.startswith("You said: hello")
+
+
+def test_a_service_that_repeats_the_question_does_not_bring_it_into_the_log(im, caplog):
+    said = {"message": "invalid content: '今天的密码是什么' (2013)"}
+    im.sim.ai_fault = lambda asked: (400, {"type": "error", "error": said})
+    im.say("告诉我，今天的密码是什么？")
+    im.sim.wait(1)
+    poll(lambda: idle(im))
+    assert "HTTP 400, code 2013" in caplog.text and "密码" not in caplog.text
+    im.sim.ai_fault = lambda asked: (529, {"error": {"message": "overloaded (2064)"}})
+    im.say("hello")
+    assert "正忙" in im.sim.wait(2)[1].text
+    assert "overloaded (2064)" in caplog.text

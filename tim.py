@@ -551,8 +551,8 @@ class Whole:
     """An answer on the screen: sent when it is complete, in as many parts as it needs.
 
     The classes below show it while it grows. A fifth way is another class with these
-    methods. Only `close` may raise, and it leaves nothing open: if IM refuses a growing
-    message, the text goes as plain messages.
+    methods. `open` and `close` raise IMError where another try may help. What was
+    begun is closed: if IM refuses a growing message, the text goes as plain messages.
     """
 
     gap = 0.0  # seconds between two calls of grow; 0 if it does not grow
@@ -577,7 +577,7 @@ class Whole:
         self._mention = f"@{message.user} " if message.group else ""
 
     def open(self) -> None:
-        """Show that an answer is coming."""
+        """Show that an answer is coming. Raises IMError."""
 
     def grow(self, text: str) -> None:
         """Show the answer so far."""
@@ -629,6 +629,8 @@ class Modified(Whole):
             answer = self.client.send(self.message, first, self.order, 0, True)
             self._note(key=answer["MsgSeq" if self.message.group else "MsgKey"])
         except (IMError, KeyError) as error:
+            if isinstance(error, IMError) and error.retry:
+                raise  # an earlier try may show it already: it must not stay open
             self._not_growing(error)
 
     def grow(self, text: str) -> None:
@@ -687,18 +689,24 @@ class Streamed(Whole):
         self._said = self.progress.get("said", "")  # and confirmed by Tencent
         self._pending: str | None = None  # sent, but not confirmed
         self._index = self.progress.get("index", 0)
+        self._confirmed = -math.inf  # when Tencent last took something of us
 
     def open(self) -> None:
         try:
             if "key" not in self.progress:
                 self._note(key=self._push("", waits=PAUSES)["StreamMsgID"])
-            elif "said" not in self.progress:
-                # A process died in mid-answer; nobody knows how much it had said.
-                self._index = 100_000
-                self._push(f"\n\n{self.broken}", last=True)
-                self._not_growing(InterruptedError("the process that began it died"))
+            self._take_over()
         except (IMError, KeyError) as error:
+            if isinstance(error, IMError) and error.retry:
+                raise  # an earlier try may show it already: it must not stay open
             self._not_growing(error)
+
+    def _take_over(self) -> None:
+        """Close what a dead process began: nobody knows how much it had said."""
+        if self._index == 0:
+            self._index = 100_000
+            self._push(f"\n\n{self.broken}", last=True, waits=PAUSES)
+            self._not_growing(InterruptedError("the process that began it died"))
 
     def grow(self, text: str) -> None:
         self._try_push(self._split(text)[0])
@@ -724,6 +732,8 @@ class Streamed(Whole):
         with self._lock:
             complete = False
             if "key" in self.progress and "plain" not in self.progress:
+                self.open()  # if a process died after it kept the answer
+            if "key" in self.progress and "plain" not in self.progress:
                 self._note(said=self._said, index=self._index)
                 complete = self._complete(parts[0])
         if complete:
@@ -735,6 +745,7 @@ class Streamed(Whole):
 
     def _complete(self, text: str) -> bool:
         """Say the rest and close the stream; False if that cannot be done."""
+        fresh = time.monotonic() - self._confirmed < self.idle
         try:
             if self._pending is not None:
                 self._push(self._pending, waits=PAUSES)
@@ -746,7 +757,7 @@ class Streamed(Whole):
             if error.retry:
                 raise
             self._not_growing(error)
-            return error.unsure  # then an earlier try has closed it
+            return error.unsure and fresh  # then an earlier try has closed it
 
     def _push(self, text: str, last: bool = False, waits: Sequence[float] = ()) -> Json:
         if self._pending is None:
@@ -759,6 +770,7 @@ class Streamed(Whole):
             content["StreamMsgID"] = self.progress["key"]
         answer = self.client.stream(self.message, content, self.order, waits)
         self._said, self._pending = self._said + text, None
+        self._confirmed = time.monotonic()
         return answer
 
 
