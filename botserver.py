@@ -22,11 +22,12 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import requests
@@ -44,6 +45,7 @@ OK = {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
 LARGEST_CALLBACK = 1 << 20  # bytes
 PATROL = 0.5  # seconds between two looks at what the store holds for us
 NOTICE_EVERY = 600  # seconds in which a user is told once why messages are refused
+GIVE_UP = 86400  # seconds in which Tencent IM is asked again to take an answer
 DRAIN = 20.0  # seconds for answers in work when the server stops
 HISTORY_CHARACTERS = 24_000  # of old turns in one question
 
@@ -169,9 +171,8 @@ class Config:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Config:
         """Read the environment; raise ConfigError that names all that is wrong."""
-        texts = {
-            item.name: env.get(item.name.upper(), "").strip() for item in fields(cls)
-        }
+        names = [item.name for item in fields(cls) if item.name != "ai_secret_keys"]
+        texts = {name: env.get(name.upper(), "").strip() for name in names}
         values, wrong = _read_all(cls, texts, str.upper)
         keys = {name: env.get(_key_name(name), "").strip() for name in PROVIDERS}
         values["ai_secret_keys"] = {name: key for name, key in keys.items() if key}
@@ -266,6 +267,14 @@ def _read_robots(path: str, default: str) -> dict[str, Persona]:
     return personas
 
 
+def _is_address(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("https", "http") and bool(url.hostname)
+    except ValueError:
+        return False
+
+
 def _key_name(provider: str) -> str:
     return f"AI_SECRET_KEY_{provider.upper().replace('-', '_')}"
 
@@ -287,8 +296,8 @@ def _disagreements(values: Mapping[str, Any]) -> list[str]:
                 key = _key_name(persona.provider)
                 wrong.append(f"{key} is missing: {robot} uses {persona.provider}.")
     for name in ("im_api_url", "ai_base_url"):
-        if not values.get(name, "https://").startswith(("https://", "http://")):
-            wrong.append(f"{name.upper()} must start with https:// or http://.")
+        if not _is_address(values.get(name, "https://x")):
+            wrong.append(f"{name.upper()} must be an address with https:// or http://.")
     return wrong
 
 
@@ -319,7 +328,7 @@ class Bot:
         self.config, self.store, self.im = config, store, im
         self.texts = TEXTS[config.bot_language]
         self._providers: dict[Persona, Provider] = {}
-        self._lock = threading.Lock()  # guards the next four
+        self._lock = threading.Lock()  # guards _work and the three counts
         self._wake_up = threading.Condition(self._lock)  # a thread may be wanted
         self._done = threading.Condition(self._lock)  # an answer has ended
         self._work: set[Work] = set()
@@ -357,10 +366,12 @@ class Bot:
         conversation = message.conversation(self.config.group_memory == "member")
         stop = message.kind == "stop" or command(message) == "stop"
         lane = f"{conversation}\tstop" if stop else conversation
-        if refusal := "" if stop else self._refusal(message, conversation):
-            if self.store.count(f"{refusal}\t{message.user}", NOTICE_EVERY) > 1:
+        if refusal := self._refusal(message, lane):
+            every = 60 if refusal == "rate" else NOTICE_EVERY
+            if self.store.count(f"{refusal}\t{message.user}", every) > 1:
                 return
-            lane, message = f"{lane}\tnotice", replace(message, kind=refusal)
+            lane, stop = f"{conversation}\tnotice", False
+            message = replace(message, kind=refusal)
         if self.store.add(message.id, lane, message.data()):
             self._waiting += 1
             if stop:
@@ -368,24 +379,29 @@ class Bot:
                 self._stop_requested()
             self._wake(1)
 
-    def _refusal(self, message: tim.Message, conversation: str) -> str:
+    def _refusal(self, message: tim.Message, lane: str) -> str:
         """Return why a message is not taken, as a key of TEXTS."""
         users, groups = self.config.allow_users, self.config.allow_groups
         if users and message.user not in users:
             return "stranger"
         if groups and message.group and message.group not in groups:
             return "stranger"
-        full = self.store.waiting(conversation) >= self.config.max_waiting
-        return "flood" if full else ""
+        if self.store.waiting(lane) >= self.config.max_waiting:
+            return "flood"
+        most = self.config.rate_limit
+        if not most or command(message) or message.kind == "stop":
+            return ""
+        return "rate" if self.store.count(f"asked\t{message.user}", 60) > most else ""
 
     def _wake(self, count: int) -> None:
         most = self.config.worker_threads
         with self._lock:
             self._wanted = min(self._wanted + count, most)
             missing = min(self._wanted - self._idle, most - self._threads)
-            for _ in range(0 if self._closing.is_set() else missing):
-                self._threads += 1
-                threading.Thread(target=self._run, daemon=True).start()
+            with suppress(RuntimeError):  # no more threads: the patrol tries again
+                for _ in range(0 if self._closing.is_set() else missing):
+                    threading.Thread(target=self._run, daemon=True).start()
+                    self._threads += 1
             self._wake_up.notify(count)
 
     def _run(self) -> None:
@@ -405,7 +421,9 @@ class Bot:
             return None if stop else self.store.claim()
         except StoreError as error:
             self._store_failed(error)
-            return None
+        except Exception:
+            logger.exception("a claim cannot be read")
+        return None
 
     def _answer(self, claim: Claim) -> None:
         """Answer one message, whatever happens."""
@@ -486,18 +504,15 @@ class Bot:
             if name == "clear":
                 self.store.forget(work.claim.conversation)
             return texts[name]
-        if most := self.config.rate_limit:
-            if (sent := self.store.count(f"rate\t{message.user}", 60)) > most:
-                return texts["rate"] if sent == most + 1 else ""
-        if message.images and not self.provider(message.robot).service.images:
-            return None if message.text else texts["blind"]
-        return None
+        readable = message.text or self.provider(message.robot).service.images
+        return None if readable else texts["blind"]
 
     def _ask(self, work: Work) -> tuple[str, bool]:
         """Return what to answer, and whether it belongs into the memory of the chat."""
         screen, text, shown = work.screen, "", 0.0
         provider = self.provider(work.message.robot)
-        chunks = provider.chat(self._chat(work, provider), work.call, not screen.gap)
+        chat = self._chat(work, provider)
+        chunks = provider.chat(chat, work.call, not screen.gap)
         try:
             for chunk in chunks:
                 text = chunk if isinstance(chunk, Replace) else text + chunk
@@ -510,14 +525,16 @@ class Bot:
                 raise Lost from None
             stopped = error.kind == "stopped"
             remember = stopped and bool(text) and self.config.history_turns > 0
-            return self._ask_failed(work, error, text), remember
+            return self._ask_failed(work, error, text, chat), remember
 
-    def _ask_failed(self, work: Work, error: ProviderError, text: str) -> str:
+    def _ask_failed(
+        self, work: Work, error: ProviderError, text: str, chat: list[Json]
+    ) -> str:
         """Return what to show instead of an answer, or after half of one."""
         work.outcome = error.kind
         why = self.texts.get(error.kind, self.texts["busy"])
         if error.kind != "stopped":
-            details = _without_quotes(str(error), work.message.text)
+            details = _without_quotes(str(error), chat)
             logger.warning("no answer for %s: %s", work.claim.id, details)
             work.screen.progress |= {} if text else {"failed": True}
             why = self.texts["cut"].format(why) if text else why
@@ -553,7 +570,7 @@ class Bot:
         return [{"type": "text", "text": text}, *urls]
 
     def _not_sent(self, claim: Claim, error: tim.IMError) -> None:
-        if error.retry:
+        if error.retry and time.time() - claim.accepted < GIVE_UP:
             delay = min(60.0, max(1.0, time.time() - claim.accepted))
             logger.warning("%s; trying again in %.0f s: %s", claim.id, delay, error)
             self._try_store(self.store.release, claim, delay)
@@ -584,13 +601,13 @@ class Bot:
             round += 1
 
     def _look(self, round: int) -> None:
-        if round % 10 == 0:
+        if round % 4 == 0:
             self._renew()
         if round % 7200 == 0:
             seconds = self.config.retention_days * 86400
             self._aside(self._try_store, self.store.prune, seconds)
         while self._owed:
-            self.store.release(self._owed[0], 0.0)
+            self.store.release(self._owed[0], 1.0)
             self._owed.pop(0)
         self._stop_requested()
         self._waiting = self.store.stats()["waiting"]
@@ -662,12 +679,15 @@ def make_client(config: Config) -> tim.Client:
     )
 
 
-def _without_quotes(details: str, text: str) -> str:
-    """Return an error's details for the log, in short if they repeat what was asked."""
-    told, asked = details.encode(), text.encode()
-    pieces = (told[start : start + 12] for start in range(max(1, len(told) - 11)))
-    quotes = any(piece in asked for piece in pieces)
-    return f"{details.split(': ')[0]}: (it repeats the question)" if quotes else details
+def _without_quotes(details: str, chat: list[Json]) -> str:
+    """Return an error's details for the log, in short if they repeat what was said."""
+    said = [providers.words(turn) for turn in chat if turn["role"] != "system"]
+    told, all_said = details.encode(), "\n".join(said).encode()
+    pieces = (told[start : start + 12] for start in range(len(told) - 11))
+    quotes = any(piece in all_said for piece in pieces)
+    if quotes or any(len(words) > 2 and words in details for words in said):
+        return f"{details.split(': ')[0]}: (it repeats the chat)"
+    return details
 
 
 def read_message(data: Json) -> tim.Message:
@@ -866,7 +886,7 @@ def failed() -> None:
     """List the messages that were set aside, and why."""
     with _told():
         for id, reason, age in _open_store_or_exit(_config_or_exit()).failed():
-            click.echo(f"{id}\t{age:.0f} s ago: {reason}")
+            click.echo(f"${id!r}  {age:.0f} s ago: {reason}")  # as a shell takes it
 
 
 @click.command()
@@ -941,6 +961,10 @@ def _check_ai(config: Config) -> str:
 
 
 def _check_store(config: Config) -> str:
+    if not config.redis_url and not Path(config.database).exists():
+        if not os.access(Path(config.database).absolute().parent, os.W_OK):
+            raise ValueError(f"{config.database} cannot be made there")
+        return f"{config.database} is not there yet: the server will make it"
     state = open_store(config.database, config.redis_url).stats()
     place = "Redis" if config.redis_url else config.database
     return f"{place} works; {state['waiting']} waiting, {state['set_aside']} set aside"

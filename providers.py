@@ -95,7 +95,7 @@ class Call:
     def shut(self) -> None:
         """Wake the reader, which then finds its connection cut."""
         if held := self.socket:
-            with suppress(OSError):  # closed already; and SSLSocket's would unwrap TLS
+            with suppress(OSError, TypeError):  # closed, or TLS in a proxy's TLS
                 socket.socket.shutdown(held, socket.SHUT_RDWR)
 
     def __enter__(self) -> Call:

@@ -735,7 +735,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         simulator = self.server.simulator
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        size = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(size)
+        if len(body) < size:
+            return  # the caller died
         url = urlsplit(self.path)
         page = url.path == "/page"
         if not self._is_ours() if page else "Origin" in self.headers:

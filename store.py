@@ -664,6 +664,7 @@ class RedisStore(Store):
                 protocol=2,
                 socket_timeout=REDIS_TIMEOUT,
                 socket_connect_timeout=REDIS_TIMEOUT,
+                max_connections=2**31,  # threads are bounded already
             )
         except ValueError:  # it may say a part of the password
             raise StoreError(

@@ -226,7 +226,8 @@ def test_every_robot_mentioned_in_a_group_answers_without_the_mentions(im):
         ("tell @@RBT#0011 hello", "tell @@RBT#0011 hello"),
         ("@Robot\u2005hello @@RBT#001 there", "hello there"),
         ("@Somebody\u2005/help", "/help"),
-        ("@Somebody @Else hello", "@Somebody @Else hello"),
+        ("@Somebody  @Else hello", "@Somebody  @Else hello"),
+        ("@Somebody", ""),
         ("mail robot@example.com", "mail robot@example.com"),
     ],
 )
@@ -539,6 +540,7 @@ def test_what_was_set_aside_is_listed_and_put_back_by_command(sim, flask, tmp_pa
         poll(lambda: requests.get(health).json()["set_aside"] == 1)
         done = flask("failed")
         assert str(event["MsgRandom"]) in done.stdout and "20003" in done.stdout
+        assert done.stdout.startswith("$'@RBT#001\\tjared\\t")
         sim.fault = lambda command, body: None
         assert flask("retry").stdout == "1 put back.\n"
         assert sim.wait(1)[0].text == "You said: hello (question 1 of our chat)"
@@ -566,7 +568,7 @@ def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
         ({"AI_SECRET_KEY": "wrong"}, "2049"),
         ({"AI_BASE_URL": "http://127.0.0.1:1"}, "ConnectionError"),
         ({"AI_PROVIDER": "nobody"}, "AI_PROVIDER must be one of"),
-        ({"DATABASE": "/nowhere/bot.db"}, "/nowhere/bot.db cannot be opened"),
+        ({"DATABASE": "/nowhere/bot.db"}, "/nowhere/bot.db cannot be made there"),
         ({"fault": 60026}, "set IM_API_URL to that region's domain"),
         ({"fault": 60020}, "the package has expired or is unpaid"),
         ({"robots": {}}, "there is no robot yet"),
@@ -1025,9 +1027,56 @@ def test_a_user_who_is_too_fast_is_told_once(sim, make_app):
         im.say(str(number))
     im.say("another user", user="lin")
     poll(lambda: len(sim.delivered) == 5 and idle(im))
-    texts = [m.text for m in sim.delivered if m.chat == "jared"]
-    assert [text[:11] for text in texts[:3]] == [f"You said: {n}" for n in range(3)]
-    assert "太快" in texts[3]
+    said = [m.text for m in sim.delivered if m.chat == "jared"]
+    assert [text[:11] for text in said if "You" in text] == [
+        f"You said: {number}" for number in range(3)
+    ]
+    assert ["太快" in text for text in said].count(True) == 1
+
+
+def test_a_question_is_counted_once_however_often_it_is_tried(sim, make_app):
+    im = Caller(sim, make_app(rate_limit=1, reply_mode="modify").test_client())
+    faults = [60011] * 6
+    sim.fault = lambda command, body: faults and faults.pop()
+    im.say("hello")
+    poll(lambda: not faults and idle(im))
+    assert [m.text for m in sim.delivered] == [
+        "You said: hello (question 1 of our chat)"
+    ]
+
+
+def test_a_stop_is_refused_as_any_message_is(sim, make_app):
+    im = Caller(sim, make_app(allow_users=("lin",)).test_client())
+    sim.ai_answer, sim.ai_pace = (lambda messages: STORY[:80]), 0.05
+    im.post(sim.say_in_group("lin", "@TGS#demo", "tell", ["@RBT#001"]))
+    poll(lambda: sim.ai_requests)
+    for _ in range(5):
+        im.post(sim.say_in_group("jared", "@TGS#demo", "/stop", ["@RBT#001"]))
+    poll(lambda: len(sim.delivered) == 2 and idle(im))
+    assert {m.text.split("，")[0] for m in sim.delivered} == {
+        "@jared 抱歉",
+        f"@lin {STORY[:80]}".split("，")[0],
+    }
+    assert not any("已停止" in m.text for m in sim.delivered)
+
+
+def test_a_stream_is_kept_alive_only_while_it_is_open(sim, monkeypatch):
+    client = tim.Client(sim.url, APPID, KEY, "administrator")
+    message = tim.Message("id", "@RBT#001", "jared", "hi")
+    stream = tim.Streamed(client, message, 1, {}, lambda progress: None)
+    stream.nudge()
+    assert not sim.calls
+    stream.open()
+    stream.grow("half")
+    stream.nudge()
+    assert sim.delivered[0].index == 2
+    monkeypatch.setattr(stream, "idle", 0.0)
+    stream.nudge()
+    assert (sim.delivered[0].index, sim.delivered[0].text) == (3, "half")
+    stream.close("half and half")
+    stream.nudge()
+    assert (sim.delivered[0].index, sim.delivered[0].closed) == (4, True)
+    assert [m.text for m in sim.delivered] == ["half and half"]
 
 
 def test_a_conversation_that_is_full_is_told_once(sim, make_app):

@@ -43,7 +43,20 @@ logger = logging.getLogger(__name__)
 NETWORK = -1  # our code for a call that brought no answer of Tencent's
 RETRY = frozenset(
     [NETWORK, 10002, 10006, 10023, 20004, 20005, 20018, 20027, 20028, 22006, 60007]
-    + [60008, 60011, 60013, 60014, 60018, 60019, 70169, 70500, 80003, 90057, 90992]
+    + [
+        70050,
+        60008,
+        60011,
+        60013,
+        60014,
+        60018,
+        60019,
+        70169,
+        70500,
+        80003,
+        90057,
+        90992,
+    ]
     + [90994, 90995, 91000]
 )
 STRANGE = frozenset(
@@ -51,7 +64,6 @@ STRANGE = frozenset(
     + ["TIMLocationElem", "TIMRelayElem"]
 )
 STALE_SIG = frozenset([20002, 60004, 60005, 70001])
-TOO_LONG = frozenset([80002, 90055, 93000])
 MEANING = {
     10004: "a parameter is invalid",
     10007: "the robot may not do this; is it a member of the group?",
@@ -199,7 +211,7 @@ def cut_mentions(text: str, names: Iterable[str]) -> str:
         mention = rf"[@＠]{re.escape(name)}(?![A-Za-z0-9_])\s?"
         cut = re.sub(mention, "", cut, flags=re.IGNORECASE)
     if cut == text:
-        cut = re.sub(r"^\s*[@＠]\S+\s+(?![@＠])", "", text)
+        cut = re.sub(r"^\s*[@＠]\S+(?:\s+(?![\s@＠])|\s*\Z)", "", text)
     return cut.strip()
 
 
@@ -366,6 +378,7 @@ class Client:
     def __init__(
         self, url: str, sdkappid: int, key: str, admin: str, threads: int = 64
     ) -> None:
+        url = url.rstrip("/")
         self.url, self.sdkappid, self._key, self.admin = url, sdkappid, key, admin
         self._sig, self._renew_at = "", 0.0
         self._lock = threading.Lock()
@@ -459,7 +472,7 @@ class Client:
     def robots(self) -> list[str]:
         """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
         answer = self.call("openim_robot_http_svc/get_all_robots", {})
-        return [str(userid) for userid in answer.get("Robot_Account", [])]
+        return [str(userid) for userid in answer.get("Robot_Account") or []]
 
     def call(self, command: str, body: Json, waits: Sequence[float] = PAUSES) -> Json:
         """Make a REST call and return Tencent's answer.
@@ -716,8 +729,12 @@ class Streamed(Whole):
 
     def _try_push(self, text: str, empty: bool = False) -> None:
         with self._lock:
-            if "plain" in self.progress or not text.startswith(self._said):
+            if "key" not in self.progress or "plain" in self.progress:
                 return
+            if not text.startswith(self._said):
+                return
+            if empty and time.monotonic() - self.spoke <= self.idle:
+                return  # somebody else spoke, or the stream is closed
             try:
                 if self._pending is not None:
                     self._push(self._pending)
@@ -736,6 +753,7 @@ class Streamed(Whole):
             if "key" in self.progress and "plain" not in self.progress:
                 self._note(said=self._said, index=self._index)
                 complete = self._complete(parts[0])
+            self.idle = math.inf
         if complete:
             return self._send_parts(parts, 1)
         # What the stream does not show goes as plain messages.
@@ -744,7 +762,10 @@ class Streamed(Whole):
         self._send_parts(split(text[known:]), 0)
 
     def _complete(self, text: str) -> bool:
-        """Say the rest and close the stream; False if that cannot be done."""
+        """Say the rest and close the stream; False if that cannot be done.
+
+        In doubt, as after a crash, the end may be said twice: better than never.
+        """
         fresh = time.monotonic() - self._confirmed < self.idle
         try:
             if self._pending is not None:
