@@ -4058,3 +4058,35 @@ def test_a_service_that_repeats_the_question_does_not_bring_it_into_the_log(im, 
     im.say("hello")
     assert "正忙" in im.sim.wait(2)[1].text
     assert "overloaded (2064)" in caplog.text
+
+
+def test_a_server_that_is_killed_for_good_is_replaced_by_another(
+    sim, tmp_path, redis_server
+):
+    """Two servers, as on two machines, share a Redis; one dies in the middle."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    bots = [BotProcess(sim, str(f), REDIS_URL=redis_server.url) for f in folders]
+    users = [f"user{number}" for number in range(40)]
+    sim.users |= set(users)
+    sim.ai_delay = 2
+    try:
+        dying, living = (bot.start() for bot in bots)
+        for number, user in enumerate(users):
+            sim.bot_url = bots[number % 2].url
+            sim.say(user, "@RBT#001", f"first {user}")
+            sim.say(user, "@RBT#001", f"second {user}")
+        poll(lambda: len(sim.ai_requests) >= 20)
+        dying.stop(signal.SIGKILL)
+        killed = time.monotonic()
+        sim.wait(80, timeout=30)
+        assert time.monotonic() - killed < 30
+        poll(lambda: stand(living.url)["in_work"] == 0)
+        assert len(sim.delivered) == 80
+        for user in users:
+            assert said_to(sim, user) == [f"first {user}", f"second {user}"]
+    finally:
+        for bot in bots:
+            if bot.alive():
+                bot.stop(signal.SIGKILL)
