@@ -714,8 +714,8 @@ def create_app(config: Config | None = None) -> Flask:
         stream=sys.stdout,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
-    # At DEBUG it logs whole URLs, and those of Tencent's REST API hold the UserSig.
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
+    for name in ("urllib3", "werkzeug"):  # they log URLs, with UserSig and Sign
+        logging.getLogger(name).setLevel(logging.WARNING)
     nicks = {robot: persona.nick for robot, persona in config.robots.items()}
     bot = Bot(config, _open_store_or_exit(config), make_client(config))
     bot.start()
@@ -817,7 +817,8 @@ def _messages(
 
 
 def _refuse(status: int, why: str) -> tuple[dict[str, Any], int]:
-    logger.warning("callback refused with %d: %s", status, why)
+    if request.path == "/im":
+        logger.warning("callback refused with %d: %s", status, why)
     return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
 
 
