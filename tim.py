@@ -624,6 +624,12 @@ class Whole:
         self._save(self.progress)
 
     def _not_growing(self, error: Exception) -> None:
+        """Go on with plain messages; raise an IMError that another try may mend.
+
+        An earlier try may show the message already: then it must not stay open.
+        """
+        if isinstance(error, IMError) and error.retry:
+            raise error
         logger.warning("%s is not shown growing: %s", self.message.id, error)
         self.progress["plain"] = True
 
@@ -642,8 +648,6 @@ class Modified(Whole):
             answer = self.client.send(self.message, first, self.order, 0, True)
             self._note(key=answer["MsgSeq" if self.message.group else "MsgKey"])
         except (IMError, KeyError) as error:
-            if isinstance(error, IMError) and error.retry:
-                raise  # an earlier try may show it already: it must not stay open
             self._not_growing(error)
 
     def grow(self, text: str) -> None:
@@ -660,8 +664,6 @@ class Modified(Whole):
                 self._modify(self.element(parts[0], True), PAUSES)
                 first = 1
             except IMError as error:
-                if error.retry:
-                    raise
                 self._not_growing(error)
         self._send_parts(parts, first)
 
@@ -710,9 +712,10 @@ class Streamed(Whole):
                 self._note(key=self._push("", waits=PAUSES)["StreamMsgID"])
             self._take_over()
         except (IMError, KeyError) as error:
-            if isinstance(error, IMError) and error.retry:
-                raise  # an earlier try may show it already: it must not stay open
             self._not_growing(error)
+
+    def _flows(self) -> bool:
+        return "key" in self.progress and "plain" not in self.progress
 
     def _take_over(self) -> None:
         """Close what a dead process began: nobody knows how much it had said."""
@@ -729,9 +732,7 @@ class Streamed(Whole):
 
     def _try_push(self, text: str, empty: bool = False) -> None:
         with self._lock:
-            if "key" not in self.progress or "plain" in self.progress:
-                return
-            if not text.startswith(self._said):
+            if not self._flows() or not text.startswith(self._said):
                 return
             if empty and time.monotonic() - self.spoke <= self.idle:
                 return  # somebody else spoke, or the stream is closed
@@ -748,9 +749,9 @@ class Streamed(Whole):
         parts = self._split(text)
         with self._lock:
             complete = False
-            if "key" in self.progress and "plain" not in self.progress:
+            if self._flows():
                 self.open()  # if a process died after it kept the answer
-            if "key" in self.progress and "plain" not in self.progress:
+            if self._flows():
                 self._note(said=self._said, index=self._index)
                 complete = self._complete(parts[0])
             self.idle = math.inf
@@ -775,8 +776,6 @@ class Streamed(Whole):
             self._push(rest, last=True, waits=PAUSES)
             return fits
         except IMError as error:
-            if error.retry:
-                raise
             self._not_growing(error)
             return error.unsure and fresh  # then an earlier try has closed it
 
