@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -366,32 +367,30 @@ class Bot:
         conversation = message.conversation(self.config.group_memory == "member")
         stop = message.kind == "stop" or command(message) == "stop"
         lane = f"{conversation}\tstop" if stop else conversation
-        if refusal := self._refusal(message, lane):
-            every = 60 if refusal == "rate" else NOTICE_EVERY
-            if self.store.count(f"{refusal}\t{message.user}", every) > 1:
-                return
-            lane, stop = f"{conversation}\tnotice", False
-            message = replace(message, kind=refusal)
-        if self.store.add(message.id, lane, message.data()):
+        asker = "" if stop or command(message) else message.user
+        known, waiting, asked = self.store.look_up(message.id, lane, asker)
+        if known:
+            return
+        if refusal := self._refusal(message, waiting, asked):
+            lane, stop, asker = f"{conversation}\tnotice", False, ""
+            message = _notice(message, refusal)
+        if self.store.add(message.id, lane, message.data(), asker):
             self._waiting += 1
             if stop:
                 self.store.request_stop(conversation)
                 self._stop_requested()
             self._wake(1)
 
-    def _refusal(self, message: tim.Message, lane: str) -> str:
+    def _refusal(self, message: tim.Message, waiting: int, asked: int) -> str:
         """Return why a message is not taken, as a key of TEXTS."""
         users, groups = self.config.allow_users, self.config.allow_groups
         if users and message.user not in users:
             return "stranger"
         if groups and message.group and message.group not in groups:
             return "stranger"
-        if self.store.waiting(lane) >= self.config.max_waiting:
+        if waiting >= self.config.max_waiting:
             return "flood"
-        most = self.config.rate_limit
-        if not most or command(message) or message.kind == "stop":
-            return ""
-        return "rate" if self.store.count(f"asked\t{message.user}", 60) > most else ""
+        return "rate" if asked >= (self.config.rate_limit or math.inf) else ""
 
     def _wake(self, count: int) -> None:
         most = self.config.worker_threads
@@ -688,6 +687,14 @@ def _without_quotes(details: str, chat: list[Json]) -> str:
     if quotes or any(len(words) > 2 and words in details for words in said):
         return f"{details.split(': ')[0]}: (it repeats the chat)"
     return details
+
+
+def _notice(message: tim.Message, refusal: str) -> tim.Message:
+    """Return what is stored instead of a message that is refused. By its id the store
+    knows that this user was told already."""
+    every = 60 if refusal == "rate" else NOTICE_EVERY
+    id = f"{refusal}\t{message.user}\t{time.time() // every:.0f}"
+    return replace(message, id=id, kind=refusal)
 
 
 def read_message(data: Json) -> tim.Message:

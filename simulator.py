@@ -212,24 +212,7 @@ class Simulator:
 
     def say(self, user: str, robot: str, text: str, **fields: Any) -> Json:
         """Write to a robot; return the callback's JSON."""
-        seq, chance = random.getrandbits(31), random.getrandbits(32)
-        now = int(time.time())
-        event = {
-            "CallbackCommand": "Bot.OnC2CMessage",
-            "From_Account": user,
-            "To_Account": robot,
-            "MsgSeq": seq,
-            "MsgRandom": chance,
-            "MsgTime": now,
-            "MsgKey": f"{seq}_{chance}_{now}",
-            "OnlineOnlyFlag": 0,
-            "SendMsgResult": 0,
-            "ErrorInfo": "send msg succeed",
-            "MsgBody": text_body(text),
-            "CloudCustomData": "",
-            "EventTime": int(time.time() * 1000),
-        }
-        return self._deliver(event | fields)
+        return self._deliver(c2c_event(user, robot, text) | fields)
 
     def say_in_group(
         self, user: str, group: str, text: str, robots: list[str], **fields: Any
@@ -664,6 +647,27 @@ def actor(messages: list[Json]) -> str:
     return MARKDOWN if "markdown" in asked else parrot(messages)
 
 
+def c2c_event(user: str, robot: str, text: str) -> Json:
+    """Return the callback's JSON of a message to a robot."""
+    seq, chance = random.getrandbits(31), random.getrandbits(32)
+    now = int(time.time())
+    return {
+        "CallbackCommand": "Bot.OnC2CMessage",
+        "From_Account": user,
+        "To_Account": robot,
+        "MsgSeq": seq,
+        "MsgRandom": chance,
+        "MsgTime": now,
+        "MsgKey": f"{seq}_{chance}_{now}",
+        "OnlineOnlyFlag": 0,
+        "SendMsgResult": 0,
+        "ErrorInfo": "send msg succeed",
+        "MsgBody": text_body(text),
+        "CloudCustomData": "",
+        "EventTime": int(time.time() * 1000),
+    }
+
+
 def name_of(event: Json) -> str:
     """Return what tells a callback's message from others."""
     return f"{event['MsgSeq']} {event.get('MsgRandom', event.get('Random'))}"
@@ -842,15 +846,16 @@ class BotProcess:
         self.env["DATABASE"] = str(Path(folder, "bot.db"))
         self.env["GUNICORN_CMD_ARGS"] = f"--bind 127.0.0.1:{self.port}"
         self.env |= {name: str(value) for name, value in settings.items()}
+        line = HERE.joinpath("Procfile").read_text().split("web:")[1].splitlines()[0]
+        self.command, self.folder = shlex.split(line), HERE
         self.process: subprocess.Popen[bytes] | None = None
 
     def launch(self) -> BotProcess:
         """Start the process and return at once."""
-        line = HERE.joinpath("Procfile").read_text().split("web:")[1].splitlines()[0]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                shlex.split(line),
-                cwd=HERE,
+                self.command,
+                cwd=self.folder,
                 env=self.env,
                 stdout=log,
                 stderr=log,

@@ -22,7 +22,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +31,9 @@ BUSY_TIMEOUT = 1.5  # seconds to wait for a locked file; Tencent waits 2 for an 
 REDIS_TIMEOUT = 0.7  # seconds to wait for a connection, and again for an answer
 REMEMBERED = 50  # answered messages of one conversation whose texts Redis keeps
 BATCH = 500  # messages deleted in one step
+MINUTE = 60  # seconds in which look_up counts what was asked
 
 Data = dict[str, Any]
-Job = tuple[Future[Any], str, Data]  # a verb and its values
 logger = logging.getLogger(__name__)
 
 
@@ -81,10 +80,20 @@ class Store:
         tokens = json.dumps({claim.id: claim.token for claim in claims})
         return {token for (token,) in self._do(verb, claims=tokens, **values)}
 
-    def add(self, id: str, conversation: str, data: Data) -> bool:
-        """Keep a message on disk; False if this id was added before."""
-        values = {"id": id, "conversation": conversation, "data": json.dumps(data)}
-        return bool(self._do("add", **values))
+    def look_up(self, id: str, conversation: str, asker: str) -> tuple[bool, int, int]:
+        """Return whether this id was added before, how many messages of a conversation
+        are not answered, and how many `asker` added in the last MINUTE."""
+        values = {"id": id, "conversation": conversation, "asker": asker}
+        [(known, waiting, asked)] = self._do("look_up", **values, minute=MINUTE)
+        return bool(known), int(waiting), int(asked)
+
+    def add(self, id: str, conversation: str, data: Data, asker: str = "") -> bool:
+        """Keep a message on disk; False if this id was added before.
+
+        It counts as one that `asker` asked, if that is not empty.
+        """
+        values = {"id": id, "conversation": conversation, "asker": asker}
+        return bool(self._do("add", **values, data=json.dumps(data), minute=MINUTE))
 
     def claim(self) -> Claim | None:
         """Take the oldest message that is first in a conversation nobody holds.
@@ -169,18 +178,9 @@ class Store:
         set aside. Their ids stay known."""
         self._do("forget", conversation=conversation)
 
-    def waiting(self, conversation: str) -> int:
-        """Return how many messages of a conversation are not answered."""
-        return int(self._do("waiting", conversation=conversation)[0][0])
-
     def due(self, limit: int) -> int:
         """Return how many messages could be claimed now, counting up to `limit`."""
         return int(self._do("due", limit=limit)[0][0])
-
-    def count(self, key: str, seconds: int) -> int:
-        """Count one more event; return how many `key` had in this window of `seconds`,
-        which begins at a multiple of them."""
-        return int(self._do("count", key=key, seconds=seconds)[0][0])
 
     def prune(self, older_than: float) -> int:
         """Delete what ended more than `older_than` seconds ago; return how many."""
@@ -229,14 +229,16 @@ def open_store(database: str, redis_url: str = "") -> Store:
 # `next` is the first unanswered message of its conversation: it can be claimed once
 # `due` has come. A claim moves `due` to the end of its lease, so a lease that runs out
 # needs no attention. `waiting` messages stand behind it. `done` ones are remembered, of
-# `gone` ones only the id is left; `failed` ones are set aside.
+# `gone` ones only the id is left; `failed` ones are set aside. Every step of a message
+# that waits or is answered is a single statement, as a transaction costs several.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS message (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     conversation TEXT NOT NULL,
     data TEXT,
-    state TEXT NOT NULL DEFAULT 'waiting',
+    asker TEXT,
+    state TEXT NOT NULL,
     accepted REAL NOT NULL,
     due REAL NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0,
@@ -252,20 +254,31 @@ CREATE INDEX IF NOT EXISTS message_due ON message (due, token, accepted)
     WHERE state = 'next';
 CREATE INDEX IF NOT EXISTS message_turn ON message (state, conversation, seq);
 CREATE INDEX IF NOT EXISTS message_ended ON message (ended) WHERE ended IS NOT NULL;
-CREATE TABLE IF NOT EXISTS counter (key TEXT PRIMARY KEY, ends REAL, count INTEGER);
+CREATE INDEX IF NOT EXISTS message_asked ON message (asker, accepted)
+    WHERE asker IS NOT NULL;
+CREATE TRIGGER IF NOT EXISTS message_ends AFTER UPDATE OF state ON message
+    WHEN old.state = 'next' AND new.state != 'next' BEGIN
+    UPDATE message SET state = 'next' WHERE seq = (SELECT min(seq) FROM message
+        WHERE state = 'waiting' AND conversation = new.conversation);
+END;
 """
 
 # Every step of a worker names its claim, so a worker that lost it changes nothing.
 _HELD = "WHERE id = :id AND token = :token"
-_PROMOTE = """UPDATE message SET state = 'next' WHERE seq = (SELECT min(seq)
-    FROM message WHERE state = 'waiting' AND conversation = :conversation)
-    AND NOT EXISTS (SELECT 1 FROM message WHERE state = 'next'
-        AND conversation = :conversation)"""
 _SQL = {
+    "look_up": (
+        """SELECT EXISTS (SELECT 1 FROM message WHERE id = :id),
+            (SELECT count(*) FROM message
+                WHERE state IN ('waiting', 'next') AND conversation = :conversation),
+            (SELECT count(*) FROM message
+                WHERE asker = :asker AND accepted > :now - :minute)""",
+    ),
     "add": (
-        """INSERT INTO message (id, conversation, data, accepted, due)
-        VALUES (:id, :conversation, :data, :now, :now) ON CONFLICT (id) DO NOTHING""",
-        _PROMOTE,
+        """INSERT INTO message (id, conversation, data, asker, accepted, due, state)
+        VALUES (:id, :conversation, :data, nullif(:asker, ''), :now, :now,
+            iif(EXISTS (SELECT 1 FROM message WHERE state = 'next'
+                AND conversation = :conversation), 'waiting', 'next'))
+        ON CONFLICT (id) DO NOTHING""",
     ),
     "claim": (
         """UPDATE message SET token = :new, due = :now + :lease,
@@ -289,7 +302,6 @@ _SQL = {
             state = iif(remember AND reply IS NOT NULL, 'done', 'gone'),
             data = iif(remember AND reply IS NOT NULL, data, NULL),
             reply = iif(remember, reply, NULL) {_HELD}""",
-        _PROMOTE,
     ),
     "release": (
         f"""UPDATE message SET token = NULL, due = :now + :delay,
@@ -298,7 +310,6 @@ _SQL = {
     "set_aside": (
         f"""UPDATE message SET state = 'failed', token = NULL, ended = :now,
             reason = :reason {_HELD}""",
-        _PROMOTE,
     ),
     "failed": (
         """SELECT id, reason, :now - ended FROM message WHERE state = 'failed'
@@ -332,25 +343,13 @@ _SQL = {
             progress = NULL, reason = NULL
         WHERE state IN ('done', 'failed') AND conversation = :conversation""",
     ),
-    "waiting": (
-        """SELECT count(*) FROM message WHERE state IN ('waiting', 'next')
-        AND conversation = :conversation""",
-    ),
     "due": (
         """SELECT count(*) FROM (SELECT 1 FROM message INDEXED BY message_due
         WHERE state = 'next' AND due <= :now LIMIT :limit)""",
     ),
-    "count": (
-        """INSERT INTO counter VALUES
-            (:key, (CAST(:now / :seconds AS INTEGER) + 1) * :seconds, 1)
-        ON CONFLICT (key) DO UPDATE SET ends = excluded.ends,
-            count = iif(ends = excluded.ends, count + 1, 1)
-        RETURNING count""",
-    ),
     "prune": (
         """DELETE FROM message WHERE seq IN (SELECT seq FROM message
             WHERE ended < :now - :age ORDER BY ended LIMIT :most)""",
-        "DELETE FROM counter WHERE ends <= :now",
     ),
     "stats": (
         """SELECT waiting + heads - held, held, failed, :now - oldest FROM
@@ -360,6 +359,17 @@ _SQL = {
         (SELECT count(*) AS failed FROM message WHERE state = 'failed')""",
     ),
 }
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A step that a thread wants done, perhaps by another thread."""
+
+    verb: str
+    values: Data
+    done: bool = False
+    result: Any = None
+    error: str = ""
 
 
 class SQLiteStore(Store):
@@ -379,6 +389,7 @@ class SQLiteStore(Store):
             self._writer.executescript(_SCHEMA)
             self._writer.execute("PRAGMA secure_delete = ON")
             self._writer.execute("PRAGMA busy_timeout = 5")  # milliseconds
+            self._sync("FULL")
         except sqlite3.Error as error:
             raise StoreError(f"the database {path} cannot be opened: {error}") from None
 
@@ -388,14 +399,18 @@ class SQLiteStore(Store):
             path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
 
-    def _insist(self, sql: str) -> None:
+    def _sync(self, level: str) -> None:
+        self._writer.execute(f"PRAGMA synchronous = {level}")
+        self._level = level
+
+    def _insist(self, sql: str, values: Data | None = None) -> Any:
         """Do it when the lock is free. SQLite does not always wait, and when it does,
         it looks so seldom that busy processes let others starve."""
         deadline = time.monotonic() + BUSY_TIMEOUT
         while True:
             try:
-                self._writer.execute(sql).fetchall()
-                return
+                cursor = self._writer.execute(sql, values or {})
+                return cursor.fetchall() if cursor.description else cursor.rowcount
             except sqlite3.OperationalError as error:
                 busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
                 if not busy or time.monotonic() > deadline:
@@ -404,39 +419,43 @@ class SQLiteStore(Store):
     def _run(self, verb: str, values: Data) -> Any:
         if _SQL[verb][0].startswith("SELECT"):
             return self._read(verb, values)
-        job: Future[Any] = Future()
-        self._jobs.append((job, verb, values))
+        job = Job(verb, values)
+        self._jobs.append(job)
         with self._write_lock:
-            if not job.done():
+            if not job.done:
                 self._commit(self._take())
-        return job.result()
+        if job.error:
+            raise StoreError(job.error)
+        return job.result
 
     def _take(self) -> list[Job]:
         return [self._jobs.popleft() for _ in range(len(self._jobs))]
 
     def _commit(self, jobs: list[Job]) -> None:
-        durable = any(verb == "add" for _, verb, _ in jobs)
+        level = "FULL" if any(job.verb == "add" for job in jobs) else "NORMAL"
         try:
-            level = "FULL" if durable else "NORMAL"
-            self._writer.execute(f"PRAGMA synchronous = {level}")
-            self._insist("BEGIN IMMEDIATE")
-            results = [self._step(verb, values) for _, verb, values in jobs]
-            self._writer.execute("COMMIT")
+            if level != self._level:
+                self._sync(level)
+            self._do_all(jobs)
         except Exception as error:
             with contextlib.suppress(sqlite3.Error):
                 self._writer.rollback()
-            why = f"the database cannot be written: {error}"
             # Those behind waited for the same lock: another wait would be too long.
-            for job, _, _ in jobs + self._take():
-                job.set_exception(StoreError(why))
-        else:
-            for (job, _, _), result in zip(jobs, results, strict=True):
-                job.set_result(result)
+            jobs += self._take()
+            for job in jobs:
+                job.error = f"the database cannot be written: {error}"
+        for job in jobs:
+            job.done = True
 
-    def _step(self, verb: str, values: Data) -> Any:
-        values = {**values, "now": time.time()}
-        first, *others = (self._writer.execute(sql, values) for sql in _SQL[verb])
-        return first.fetchall() if first.description else first.rowcount
+    def _do_all(self, jobs: list[Job]) -> None:
+        alone = len(jobs) == 1 == len(_SQL[jobs[0].verb])
+        if not alone:
+            self._insist("BEGIN IMMEDIATE")
+        for job in jobs:
+            values = {**job.values, "now": time.time()}
+            job.result, *_ = [self._insist(sql, values) for sql in _SQL[job.verb]]
+        if not alone:
+            self._writer.execute("COMMIT")
 
     def _read(self, verb: str, values: Data) -> list[Any]:
         if not self._read_lock.acquire(timeout=BUSY_TIMEOUT):
@@ -483,7 +502,7 @@ local function key(...) return table.concat({KEYS[1], ...}, ':') end
 local NEXT, HELD, OPEN = key('next'), key('held'), key('open')
 local ENDED, FAILED, HEAD = key('ended'), key('failed'), key('head')
 local TURN = key('turn', a.conversation or '')
-local DONE = key('done', a.conversation or '')
+local DONE, ASKED = key('done', a.conversation or ''), key('asked', a.asker or '')
 local function message(id) return key('message', id) end
 local function get(id, ...) return call('HMGET', message(id), ...) end
 local function set(id, ...) return call('HSET', message(id), ...) end
@@ -512,12 +531,23 @@ local function each_held(change)
     end
     return rows
 end
+local function known(id)
+    return call('EXISTS', message(id)) == 1 or call('ZSCORE', ENDED, id)
+end
+function verbs.look_up()
+    local asked = call('ZCOUNT', ASKED, '(' .. now - a.minute, '+inf')
+    return {{known(a.id) and 1 or 0, call('ZCARD', TURN), asked}}
+end
 function verbs.add()
-    if call('EXISTS', message(a.id)) == 1 then return 0 end
-    if call('ZSCORE', ENDED, a.id) then return 0 end
+    if known(a.id) then return 0 end
     local seq = call('INCR', key('seq'))
     set(a.id, 'seq', seq, 'id', a.id, 'conversation', a.conversation,
         'data', a.data, 'accepted', now, 'attempts', 0, 'remember', 1)
+    if a.asker ~= '' then
+        call('ZADD', ASKED, now, a.id)
+        call('ZREMRANGEBYSCORE', ASKED, '-inf', now - a.minute)
+        call('EXPIRE', ASKED, a.minute)
+    end
     call('ZADD', TURN, seq, a.id)
     call('ZADD', OPEN, now, a.id)
     if call('HEXISTS', HEAD, a.conversation) == 0 then promote(a.conversation) end
@@ -611,15 +641,8 @@ function verbs.forget()
         if get(id, 'conversation')[1] == a.conversation then drop(id) end
     end
 end
-function verbs.waiting() return {{call('ZCARD', TURN)}} end
 function verbs.due()
     return {{#call('ZRANGEBYSCORE', NEXT, '-inf', now, 'LIMIT', 0, a.limit)}}
-end
-function verbs.count()
-    local window = key('count', math.floor(now / a.seconds), a.key)
-    local count = call('INCR', window)
-    call('EXPIRE', window, a.seconds)
-    return {{count}}
 end
 function verbs.prune()
     local before = string.format('(%.6f', now - a.age)

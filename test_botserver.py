@@ -1409,6 +1409,10 @@ def fail(kept, reason="no"):
     return claim
 
 
+def waiting(kept, conversation):
+    return kept.look_up("", conversation, "")[1]
+
+
 def texts(kept, conversation="jared", limit=10):
     return [(data["text"], reply) for data, reply in kept.history(conversation, limit)]
 
@@ -1454,7 +1458,7 @@ def test_half_a_surrogate_pair_in_a_name_hurts_nobody(kept):
     names = ["\ud800", "b", "\udfff\0", "d"]
     assert all(in_threads(4, lambda n: kept.add(names[n], names[n], {})))
     assert not kept.add("\ud800", "\ud800", {})
-    assert kept.waiting("\ud800") == 1
+    assert waiting(kept, "\ud800") == 1
     for _ in names:
         kept.set_aside(kept.claim(), "\ud800")
 
@@ -1691,7 +1695,7 @@ def test_forget_deletes_answers_and_failures_of_one_conversation(kept):
     assert texts(kept) == [] and kept.failed() == []
     assert texts(kept, "other") == [("text of 4", "yes")]
     assert kept.retry() == 0
-    assert kept.waiting("jared") == 1
+    assert waiting(kept, "jared") == 1
     assert not any(kept.add(id, "jared", {}) for id in "123")
 
 
@@ -1720,36 +1724,32 @@ def test_stats_say_how_much_waits_is_held_and_failed(kept):
     seen = kept.stats()
     assert 0 < seen.pop("oldest") < 5
     assert seen == {"waiting": 2, "in_work": 1, "set_aside": 1}
-    assert (kept.waiting("jared"), kept.waiting("other")) == (2, 1)
-    assert kept.waiting("nobody") == 0
+    assert (waiting(kept, "jared"), waiting(kept, "other")) == (2, 1)
+    assert waiting(kept, "nobody") == 0
     kept.release(claim, 0)
     assert kept.stats()["in_work"] == 0
     assert (kept.due(10), kept.due(1)) == (2, 1)
 
 
-def test_events_are_counted_in_windows_shared_by_processes(kept, opened):
-    other = opened()
-    numbers = in_threads(8, lambda n: (kept, other)[n % 2].count("jared", 3600))
-    assert sorted(numbers) == list(range(1, 9))
-    assert kept.count("other", 3600) == 1
-    assert kept.count("soon over", 1) >= 1
-    poll(lambda: kept.count("soon over", 1) == 1, 3)
+def test_what_users_asked_is_counted_once_and_for_a_minute(kept, monkeypatch):
+    for id, asker in (("1", "jared"), ("1", "jared"), ("2", "jared"), ("3", "")):
+        kept.add(id, "chat", {}, asker)
+    kept.finish(kept.claim())
+    assert kept.look_up("2", "chat", "jared") == (True, 2, 2)
+    assert kept.look_up("4", "chat", "lin") == (False, 2, 0)
+    assert kept.look_up("1", "elsewhere", "") == (True, 0, 0)
+    monkeypatch.setattr(store, "MINUTE", 1)
+    poll(lambda: kept.look_up("2", "chat", "jared") == (True, 2, 0))
 
 
-def test_old_windows_vanish(kept, place, request):
-    kept.count("jared", 1)
-
-    def gone():
-        kept.prune(0)
-        if place[1]:
-            server = request.getfixturevalue("shared_redis")
-            return server.cli("keys", "*count*") == ""
-        with sqlite3.connect(place[0]) as file:
-            [(count,)] = file.execute("SELECT count(*) FROM counter")
-        file.close()
-        return count == 0
-
-    poll(gone, 5)
+def test_redis_keeps_no_list_of_what_was_asked_long_ago(shared_redis, monkeypatch):
+    monkeypatch.setattr(store, "MINUTE", 1)
+    shared_redis.cli("flushall")
+    kept = RedisStore(shared_redis.url)
+    kept.add("1", "chat", {}, "jared")
+    assert shared_redis.cli("keys", "*asked*")
+    poll(lambda: not shared_redis.cli("keys", "*asked*"))
+    kept.close()
 
 
 def test_a_stop_reaches_the_held_message_only_and_every_process(kept, opened):
@@ -1863,16 +1863,18 @@ def test_what_was_acknowledged_outlives_a_kill(place, opened):
     numbers = [line.strip().decode() for line in lines if line.endswith(b"\n")]
     kept = opened()
     assert not any(kept.add(number, "jared", {}) for number in numbers)
-    assert kept.waiting("jared") >= len(numbers) >= 100
+    assert waiting(kept, "jared") >= len(numbers) >= 100
 
 
 def test_sqlite_syncs_what_it_adds_and_shares_the_commit(sqlite):
-    seen = []
+    seen, verbs = [], []
     sqlite._writer.set_trace_callback(seen.append)
     sqlite.add("0", "jared", {})
     sqlite.release(sqlite.claim(), 0)
-    levels = [line for line in seen if "synchronous" in line]
-    assert [level.split()[-1] for level in levels] == ["FULL", "NORMAL", "NORMAL"]
+    sqlite.add("-1", "jared", {})
+    for line in seen:
+        verbs.append(line.split()[-1] if "synchronous" in line else line.split()[0])
+    assert verbs == ["INSERT", "NORMAL", "UPDATE", "UPDATE", "FULL", "INSERT"]
     seen.clear()
     with sqlite._write_lock:  # as if a commit went on
         threads = [
@@ -1884,7 +1886,7 @@ def test_sqlite_syncs_what_it_adds_and_shares_the_commit(sqlite):
         poll(lambda: len(sqlite._jobs) == 8)
     for thread in threads:
         thread.join()
-    assert seen.count("COMMIT") == 1 and sqlite.waiting("jared") == 9
+    assert seen.count("COMMIT") == 1 and waiting(sqlite, "jared") == 10
 
 
 def test_sqlite_opens_in_eight_processes_at_once(tmp_path):
@@ -1978,7 +1980,7 @@ def test_sqlite_on_a_full_disk_refuses_and_works_after(sqlite):
     assert sqlite.claim().id == "1"
     sqlite._writer.execute("PRAGMA max_page_count = 100000").fetchall()
     assert sqlite.add("2", "jared", {"text": "x" * 100_000})
-    assert sqlite.waiting("jared") == 2
+    assert waiting(sqlite, "jared") == 2
 
 
 def test_sqlite_that_is_read_only_refuses_and_works_after(sqlite):
@@ -1993,9 +1995,9 @@ def test_sqlite_that_is_read_only_refuses_and_works_after(sqlite):
 
 def test_sqlite_goes_on_after_a_step_that_failed(sqlite, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setitem(store._SQL, "count", ("INSERT INTO message (seq) VALUES (1)",))
+        patch.setitem(store._SQL, "forget", ("INSERT INTO message (seq) VALUES (1)",))
         with pytest.raises(StoreError):
-            sqlite.count("jared", 60)
+            sqlite.forget("jared")
     put(sqlite, "1")
 
 
@@ -2028,9 +2030,9 @@ def test_sqlite_leaves_no_byte_of_what_was_forgotten(sqlite, tmp_path):
 
 def test_sqlite_answers_its_questions_from_indexes(sqlite):
     values = {name: None for name in ("claims", "conversation", "limit", "now", "age")}
-    values |= {name: None for name in ("id", "token", "most", "new", "lease", "key")}
+    values |= {name: None for name in ("id", "token", "most", "new", "lease", "asker")}
     values |= {name: None for name in ("reason", "reply", "progress", "remember")}
-    values |= {name: None for name in ("delay", "back", "data", "seconds")}
+    values |= {name: None for name in ("delay", "back", "data", "minute")}
     for verb, statements in store._SQL.items():
         for sql in statements if verb != "retry" else ():
             plan = sqlite._reader.execute(f"EXPLAIN QUERY PLAN {sql}", values)
