@@ -1,16 +1,20 @@
-"""The campaign of faults, on the stand-in: what was acknowledged is answered, once.
+"""The benchmark and the campaign of faults, on the stand-in.
 
-    python bench.py --faults                   20,000 messages while everything breaks
+    python bench.py                      the figures, medians of three runs, 6 minutes
+    python bench.py --store sqlite       without Redis; --runs 1 for a quick look
+    python bench.py --faults             20,000 messages while everything breaks
     python bench.py --faults --store redis     the same on a redis-server of its own
     python bench.py --faults --seconds 60      for a time; --seed 7 for other accidents
 
-It starts the Procfile's own command and stays on 127.0.0.1. Its exit status is 0 if
-nothing was lost, answered twice, out of order or left open. Linux only.
+Both start the Procfile's own command and stay on 127.0.0.1. The exit status is 0 if no
+message was lost, answered twice or out of order, or left open. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import random
 import re
@@ -18,22 +22,33 @@ import shutil
 import signal
 import socket
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import requests
 
 from botserver import TEXTS
-from simulator import BotProcess, Delivered, Simulator, ai_error, free_port
+from simulator import (
+    BotProcess,
+    Delivered,
+    Simulator,
+    ai_error,
+    c2c_event,
+    free_port,
+)
 
 MODES = {
     "@RBT#whole": "whole",
@@ -65,6 +80,292 @@ SETTINGS = {
     "BOT_LANGUAGE": "en",
     "LOG_LEVEL": "WARNING",
 }
+
+# The figures
+PEOPLE = 1000
+ROBOT = "@RBT#whole"
+SMALL = {"WEB_CONCURRENCY": 2, "MAX_BACKLOG": 100_000, "BOT_LANGUAGE": "en"}
+NORMAL, TOO_MUCH = 200, 600  # messages a second; Tencent lets an app send 200
+BARE = """
+from flask import Flask
+app = Flask(__name__)
+
+@app.post("/im")
+@app.get("/healthz")
+def view():
+    return {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
+"""
+
+
+@dataclass(frozen=True)
+class Post:
+    """A callback of the load: when it was due, sent and acknowledged, Unix seconds."""
+
+    number: int
+    due: float
+    sent: float
+    done: float
+    ok: bool
+
+
+def fire(
+    port: int, query: str, count: int, rate: float, senders: int
+) -> tuple[list[Post], float]:
+    """Post callbacks, `rate` a second or as fast as they are taken; return them and the
+    CPU seconds that took. Each has a connection of its own, as the README's nginx makes.
+    """
+    head = f"POST /im?{query} HTTP/1.0\r\nContent-Type: application/json\r\n"
+    numbers, began, posts = itertools.count(), time.time() + 0.1, []
+
+    def send() -> None:
+        while (number := next(numbers)) < count:
+            due = began + number / rate if rate else time.time()
+            body = json.dumps(c2c_event(person(number), ROBOT, f"question [{number}]"))
+            time.sleep(max(0.0, due - time.time()))
+            sent, answer = time.time(), b""
+            with (
+                suppress(OSError),
+                socket.create_connection(("127.0.0.1", port), 30) as line,
+            ):
+                line.sendall(
+                    f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+                )
+                while piece := line.recv(4096):
+                    answer += piece
+            ok = answer.startswith((b"HTTP/1.0 200", b"HTTP/1.1 200"))
+            posts.append(Post(number, due, sent, time.time(), ok))
+
+    used = time.process_time()
+    threads = [threading.Thread(target=send) for _ in range(senders)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return posts, time.process_time() - used
+
+
+def person(number: int) -> str:
+    """Return who asks a question."""
+    return f"user{number % PEOPLE}"
+
+
+class Clock(Simulator):
+    """The stand-in, which notes when what came and went instead of what it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users = {person(number) for number in range(PEOPLE)}
+        self.robots = dict.fromkeys(MODES, "")
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was."""
+        self.delivered.clear()
+        self.asked: dict[int, float] = {}  # question -> when the AI got it
+        self.answered: dict[int, float] = {}  # question -> when the AI was ready
+        self.chunk: dict[int, float] = {}  # question -> when its first chunk went out
+        self.shown: dict[str, float] = {}  # user -> when a first text came
+        self.im_seconds: list[float] = []
+
+    def record(
+        self, kind: str, began: float, url: str, body: Any, status: int, answer: Any
+    ) -> None:
+        self.calls.clear()
+        self.ai_requests.clear()
+        if kind == "AI":
+            number = question(body["messages"][-1]["content"])
+            self.asked[number], self.answered[number] = began, time.time()
+        elif kind == "IM":
+            self.im_seconds.append(time.time() - began)
+            if "You" in json.dumps(body["MsgBody"]):
+                self.shown.setdefault(body["To_Account"], began)
+
+    def stream(self, text: str) -> Iterator[bytes]:
+        for piece in super().stream(text):
+            self.chunk.setdefault(question(text), time.time())
+            yield piece
+
+    def wait_for(self, count: int) -> None:
+        """Wait until so many answers are complete."""
+        self.wait(count, SETTLE, closed=True)
+
+    @property
+    def query(self) -> str:
+        """The signed query of a callback's URL."""
+        return urlencode(self.signed({"CallbackCommand": "Bot.OnC2CMessage"}))
+
+
+def question(text: str) -> int:
+    """Return the number of the question that a text names."""
+    found = re.search(r"\[(\d+)\]", text)
+    return int(found[1]) if found else -1
+
+
+class Usage:
+    """CPU seconds and memory of a bot's processes, from /proc."""
+
+    def __init__(self, bot: BotProcess) -> None:
+        assert bot.process
+        self.pids = [bot.process.pid, *workers(bot)]
+        self.began = self.cpu()
+
+    def cpu(self) -> float:
+        """Return the CPU seconds they have used."""
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in self.pids]
+        fields = [stat.rpartition(")")[2].split() for stat in stats]
+        ticks = sum(int(values[11]) + int(values[12]) for values in fields)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def spent(self) -> float:
+        """Return the CPU seconds they have used since this was made."""
+        return self.cpu() - self.began
+
+    def memory(self) -> float:
+        """Return the resident megabytes of the largest worker."""
+        texts = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids[1:]]
+        return max(int(t.split("VmRSS:")[1].split()[0]) for t in texts) / 1024
+
+
+Figures = dict[str, tuple[float, ...]]
+
+
+def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
+    """Return p50 and p99 in milliseconds."""
+    ordered = sorted(seconds)
+    return tuple(ordered[len(ordered) * p // 100] * 1000 for p in (50, 99))  # type: ignore[return-value]
+
+
+def measure(store: str, pool: ProcessPoolExecutor) -> Figures:
+    """Return the figures of one run: of the bot on a store, or of the bare view."""
+    figures: Figures = {}
+    with stage(store, Clock(), SMALL | {"WORKER_THREADS": 16}) as (simulator, bot, _):
+        figures["start-up to the first 200, s"] = (bot.seconds_to_start,)
+        figures["memory of a process, idle, MB"] = (Usage(bot).memory(),)
+        simulator.ai_delay = 1000  # all threads wait for it
+        figures |= acknowledge(simulator, bot, pool)
+    if store == "bare":
+        return figures
+    with stage(store, Clock(), SMALL | {"WORKER_THREADS": 512}) as (simulator, bot, _):
+        figures |= show_first(simulator, bot, pool)
+        simulator.ai_delay = 2.0
+        figures |= carry(simulator, bot, pool, NORMAL, 15)
+        figures |= carry(simulator, bot, pool, TOO_MUCH, 6)
+        figures["memory of a process, 512 threads, MB"] = (Usage(bot).memory(),)
+    return figures
+
+
+def acknowledge(
+    simulator: Clock, bot: BotProcess, pool: ProcessPoolExecutor
+) -> Figures:
+    """Measure how fast callbacks are taken, while no answer is made."""
+    pool.submit(fire, bot.port, simulator.query, 300, 0, 32).result()
+    posts, _ = pool.submit(fire, bot.port, simulator.query, 6000, 0, 32).result()
+    seconds = max(post.done for post in posts) - min(post.sent for post in posts)
+    taken = percentiles([post.done - post.sent for post in posts])
+    return {
+        "acknowledgements a second": (sum(post.ok for post in posts) / seconds,),
+        "acknowledgement p50 / p99, ms": taken,
+    }
+
+
+def carry(
+    simulator: Clock,
+    bot: BotProcess,
+    pool: ProcessPoolExecutor,
+    rate: int,
+    seconds: int,
+) -> Figures:
+    """Measure a load, to its last answer."""
+    simulator.begin()
+    usage, ours = Usage(bot), time.process_time()
+    load = pool.submit(fire, bot.port, simulator.query, rate * seconds, rate, 64)
+    posts, generator = load.result()
+    simulator.wait_for(len(posts))
+    last = max(message.time for message in simulator.delivered)
+    ours, count = time.process_time() - ours, len(posts)
+    shown = {question(m.text): m.born for m in simulator.delivered}
+    asked, answered = simulator.asked, simulator.answered
+    added = [
+        asked[post.number] - post.sent + shown[post.number] - answered[post.number]
+        for post in posts
+        if post.number in shown
+    ]
+    late = percentiles([post.done - post.due for post in posts])
+    what = f"{rate} messages/s: "
+    lost, twice, misordered = wrong(posts, simulator.delivered)
+    return {
+        what + "answers a second": (count / (last - min(p.sent for p in posts)),),
+        what + "added by the bot p50 / p99, ms": percentiles(added),
+        what + "acknowledgement p50 / p99, ms": late,
+        what + "CPU of the bot an answer, ms": (usage.spent() / count * 1000,),
+        what + "CPU of load / stand-in an answer, ms": (
+            generator / count * 1000,
+            ours / count * 1000,
+        ),
+        what + "lost / twice / out of order": (lost, twice, misordered),
+    }
+
+
+def wrong(posts: list[Post], delivered: list[Delivered]) -> tuple[int, int, int]:
+    """Count what was lost, answered twice and out of order."""
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for message in delivered:
+        numbers[message.chat].append(question(message.text))
+    answered = [number for chat in numbers.values() for number in chat]
+    lost = {post.number for post in posts if post.ok} - {*answered}
+    misordered = sum(a > b for n in numbers.values() for a, b in itertools.pairwise(n))
+    return len(lost), len(answered) - len({*answered}), misordered
+
+
+def show_first(simulator: Clock, bot: BotProcess, pool: ProcessPoolExecutor) -> Figures:
+    """Measure the time from the AI's first chunk to the first text on the screen."""
+    figures: Figures = {}
+    simulator.ai_delay, simulator.ai_pace = 0.2, 0.05
+    for robot, mode in MODES.items():
+        simulator.begin()
+        for number in range(20):
+            simulator.say(person(number), robot, f"question [{number}]")
+            time.sleep(0.1)
+        simulator.wait_for(20)
+        waits = [simulator.shown[person(n)] - simulator.chunk[n] for n in range(20)]
+        figures[f"first chunk to first text, {mode}, p50 / p99, ms"] = percentiles(
+            waits
+        )
+    figures["one IM call of the stand-in, ms"] = percentiles(simulator.im_seconds)[:1]
+    simulator.ai_pace = 0.0
+    return figures
+
+
+def benchmark(stores: list[str], runs: int) -> bool:
+    """Measure everything; print the table; return if nothing was lost."""
+    found: dict[str, list[Figures]] = defaultdict(list)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        for run in range(runs):
+            for store in [*stores, "bare"]:
+                print(f"run {run + 1} of {runs}: {store}", file=sys.stderr)
+                found[store].append(measure(store, pool))
+    names = list(found[stores[0]][0])
+    print(f"{'':50}" + "".join(f"{store:>17}" for store in found))
+    for name in names:
+        cells = [
+            told([run[name] for run in runs if name in run]) for runs in found.values()
+        ]
+        print(f"{name:50}" + "".join(f"{cell:>17}" for cell in cells))
+    bad = [
+        n
+        for runs in found.values()
+        for run in runs
+        for n in run
+        if "lost" in n and any(run[n])
+    ]
+    return not bad
+
+
+def told(runs: list[tuple[float, ...]]) -> str:
+    """Return the medians of some runs as the table shows them."""
+    medians = [statistics.median(values) for values in zip(*runs, strict=True)]
+    digits = [0 if value >= 100 or value == int(value) else 1 for value in medians]
+    return " / ".join(f"{v:,.{d}f}" for v, d in zip(medians, digits, strict=True))
 
 
 @dataclass(eq=False)
@@ -328,18 +629,24 @@ def settle(bot: BotProcess) -> int:
 
 
 @contextmanager
-def stage(store: str) -> Iterator[tuple[Simulator, BotProcess, RedisServer | None]]:
-    """Run the stand-in, the bot and a redis-server if asked for; end them all."""
-    with Simulator() as simulator, tempfile.TemporaryDirectory() as folder:
+def stage(
+    store: str, simulator: Any, settings: dict[str, Any]
+) -> Iterator[tuple[Any, BotProcess, RedisServer | None]]:
+    """Run the stand-in, the bot and a redis-server if asked for; end them all.
+
+    The store "bare" means a Flask view that does nothing, under the same command.
+    """
+    with simulator, tempfile.TemporaryDirectory() as folder:
         robots = Path(folder, "robots.toml")
         lines = [f'["{name}"]\nreply_mode = "{mode}"\n' for name, mode in MODES.items()]
         robots.write_text("".join(lines))
         redis = RedisServer(folder) if store == "redis" else None
-        settings = SETTINGS | {
-            "ROBOTS": robots,
-            "REDIS_URL": redis.url if redis else "",
-        }
-        bot = BotProcess(simulator, folder, **settings)
+        url = redis.url if redis else ""
+        more = {"ROBOTS": robots, "REDIS_URL": url}
+        bot = BotProcess(simulator, folder, **settings | more)
+        if store == "bare":
+            Path(folder, "bare.py").write_text(BARE)
+            bot.command[-1], bot.folder = "bare:app", Path(folder)
         try:
             if redis:
                 redis.start()
@@ -354,7 +661,7 @@ def stage(store: str) -> Iterator[tuple[Simulator, BotProcess, RedisServer | Non
 def campaign(store: str, messages: int, seconds: float, seed: int) -> bool:
     """Break everything while users ask; print the table; return if all was well."""
     end = time.monotonic() + seconds
-    with stage(store) as (simulator, bot, redis):
+    with stage(store, Simulator(), SETTINGS) as (simulator, bot, redis):
         break_services(simulator, seed)
         accidents = Accidents(bot, redis, seed)
         with Users(simulator) as users:
@@ -376,8 +683,9 @@ def campaign(store: str, messages: int, seconds: float, seed: int) -> bool:
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--faults", action="store_true", required=True)
-    parser.add_argument("--store", choices=("sqlite", "redis"), default="sqlite")
+    parser.add_argument("--store", choices=("sqlite", "redis"))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--faults", action="store_true")
     parser.add_argument("--messages", type=int, default=20_000)
     parser.add_argument(
         "--seconds", type=float, default=1800, help="of asking, at the most"
@@ -386,9 +694,14 @@ def main() -> None:
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):  # they end the bot, too
         signal.signal(number, signal.default_int_handler)
-    print(f"faults, store {options.store}, seed {options.seed}")
     try:
-        well = campaign(options.store, options.messages, options.seconds, options.seed)
+        if options.faults:
+            store = options.store or "sqlite"
+            print(f"faults, store {store}, seed {options.seed}")
+            well = campaign(store, options.messages, options.seconds, options.seed)
+        else:
+            both = ["sqlite", "redis"] if shutil.which("redis-server") else ["sqlite"]
+            well = benchmark([options.store] if options.store else both, options.runs)
     except KeyboardInterrupt:
         well = False
     sys.exit(not well)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -38,7 +37,7 @@ from werkzeug.exceptions import HTTPException
 import providers
 import tim
 from providers import PROVIDERS, Call, Provider, ProviderError, Replace
-from store import REMEMBERED, Claim, Store, StoreError, open_store
+from store import ANY, REMEMBERED, Claim, Store, StoreError, open_store
 from usersig import BadSignature, check_callback, gen_user_sig
 
 __version__ = "1.0.0"
@@ -367,30 +366,33 @@ class Bot:
         conversation = message.conversation(self.config.group_memory == "member")
         stop = message.kind == "stop" or command(message) == "stop"
         lane = f"{conversation}\tstop" if stop else conversation
-        asker = "" if stop or command(message) else message.user
-        known, waiting, asked = self.store.look_up(message.id, lane, asker)
-        if known:
+        refusal = self._keep_question(message, lane)
+        if refusal == "known":
             return
-        if refusal := self._refusal(message, waiting, asked):
-            lane, stop, asker = f"{conversation}\tnotice", False, ""
-            message = _notice(message, refusal)
-        if self.store.add(message.id, lane, message.data(), asker):
-            self._waiting += 1
-            if stop:
-                self.store.request_stop(conversation)
-                self._stop_requested()
-            self._wake(1)
+        if refusal:
+            lane, stop = f"{conversation}\tnotice", False
+            notice = _notice(message, refusal)
+            if not self.store.add(notice.id, lane, notice.data()):
+                return
+        self._waiting += 1
+        if stop:
+            self.store.request_stop(conversation)
+            self._stop_requested()
+        self._wake(1)
 
-    def _refusal(self, message: tim.Message, waiting: int, asked: int) -> str:
-        """Return why a message is not taken, as a key of TEXTS."""
+    def _keep_question(self, message: tim.Message, lane: str) -> str:
+        """Store a message; return "" or why it is not taken, as a key of TEXTS."""
         users, groups = self.config.allow_users, self.config.allow_groups
         if users and message.user not in users:
             return "stranger"
         if groups and message.group and message.group not in groups:
             return "stranger"
-        if waiting >= self.config.max_waiting:
-            return "flood"
-        return "rate" if asked >= (self.config.rate_limit or math.inf) else ""
+        asker = "" if command(message) or message.kind == "stop" else message.user
+        room, rate = self.config.max_waiting, self.config.rate_limit or ANY
+        if self.store.add(message.id, lane, message.data(), asker, room, rate):
+            return ""
+        known, waiting, _ = self.store.look_up(message.id, lane, asker)
+        return "known" if known else "flood" if waiting >= room else "rate"
 
     def _wake(self, count: int) -> None:
         most = self.config.worker_threads
@@ -663,8 +665,8 @@ def make_provider(config: Config, persona: Persona) -> Provider:
     if name == config.ai_provider:
         key, url, extra = config.ai_secret_key, config.ai_base_url, config.ai_extra_body
         model = model or config.ai_model
-    http = providers.open_session(url or service.url, threads)
-    return Provider(service, key, url, model, extra, http)
+    wire = providers.open_wire(url or service.url, threads)
+    return Provider(service, key, url, model, extra, wire)
 
 
 def make_client(config: Config) -> tim.Client:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
 from itertools import chain
 from typing import Any
 
@@ -27,14 +26,14 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
+from wire import Wire
+
 CONNECT_TIMEOUT = 5  # seconds
 TRIES = {"busy": 3, "once": 2}  # by ProviderError.kind; any other kind has one try
 LONGEST_WAIT = 60  # seconds of Retry-After that are honoured
 LONGEST_LINE = 1 << 20  # bytes of one event
 LONGEST_ANSWER = 8 << 20  # bytes on the wire
 MAX_TOKENS = 8192  # of one answer, unless AI_EXTRA_BODY says otherwise
-
-HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 
 Json = dict[str, Any]
 Chunks = Iterator[str]
@@ -140,22 +139,9 @@ class _Adapter(HTTPAdapter):
         return pool
 
 
-def open_session(url: str, threads: int = 64) -> requests.Session:
-    """Return a session for an address that `threads` threads may share.
-
-    Nothing in it changes afterwards but the connection pool, which urllib3 locks. It
-    takes proxies and CA bundle from the environment once, not at every request, and
-    ~/.netrc never: an entry there would replace the key.
-    """
-    session = requests.Session()
-    with suppress(ValueError):  # a broken address is told of when it is asked
-        settings = session.merge_environment_settings(url, {}, None, None, None)
-        session.proxies, session.verify = settings["proxies"], settings["verify"]
-    session.trust_env = False
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, _Adapter(pool_maxsize=threads))
-    return session
+def open_wire(url: str, threads: int = 64) -> Wire:
+    """Return connections to an AI service, for `threads` threads."""
+    return Wire(url, threads, _Adapter)
 
 
 def _kinds(**codes: str) -> dict[str, str]:
@@ -215,14 +201,14 @@ class Provider:
     url: str = ""
     model: str = ""
     extra: Json = field(default_factory=dict)
-    http: requests.Session = field(default=None, repr=False)  # type: ignore[assignment]
+    wire: Wire = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         key = self.key.strip().removeprefix("Bearer ").strip()
         url = (self.url or self.service.url).rstrip("/")
         object.__setattr__(self, "key", key)
         object.__setattr__(self, "url", url)
-        object.__setattr__(self, "http", self.http or open_session(url))
+        object.__setattr__(self, "wire", self.wire or open_wire(url))
 
     def chat(self, messages: list[Json], call: Call, whole: bool = False) -> Chunks:
         """Yield the answer as it comes, or in one piece if `whole`.
@@ -288,24 +274,15 @@ class Provider:
     def _send(self, path: str, body: Json, call: Call) -> requests.Response:
         # The first is for each address of a host, and it may have several.
         timeout = (min(CONNECT_TIMEOUT, call.left() / 4 + 0.1), call.left() + 1)
-        return self.http.post(
-            self.url + path,
-            data=json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"),
-            headers=HEADERS,
-            auth=self._sign,
-            timeout=timeout,
-            stream=True,
-            allow_redirects=False,
-        )
+        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        return self.wire.post(self.url + path, data, self._headers(), timeout, True)
 
-    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Set the key."""
+    def _headers(self) -> dict[str, str]:
         token = self.service.token(self.key)
         if not (token.isascii() and token.isprintable()):
             raise ProviderError("setup", "AI_SECRET_KEY has a character no key has")
-        if token:
-            request.headers["Authorization"] = f"Bearer {token}"
-        return request
+        key = {"Authorization": f"Bearer {token}"} if token else {}
+        return {"Accept-Encoding": "identity", **key}
 
     def error(self, body: Json, response: requests.Response) -> ProviderError:
         """Return the error that a body, its HTTP status and headers mean."""

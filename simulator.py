@@ -849,6 +849,7 @@ class BotProcess:
         line = HERE.joinpath("Procfile").read_text().split("web:")[1].splitlines()[0]
         self.command, self.folder = shlex.split(line), HERE
         self.process: subprocess.Popen[bytes] | None = None
+        self.seconds_to_start = 0.0  # until it served
 
     def launch(self) -> BotProcess:
         """Start the process and return at once."""
@@ -865,14 +866,15 @@ class BotProcess:
 
     def start(self, timeout: float = 20) -> BotProcess:
         """Start the process and return when it serves."""
+        began = time.monotonic()
         self.launch()
-        end = time.monotonic() + timeout
-        while time.monotonic() < end and self.alive():
+        while time.monotonic() < began + timeout and self.alive():
             with suppress(requests.RequestException):
                 if requests.get(f"{self.url}/healthz", timeout=2).ok:
+                    self.seconds_to_start = time.monotonic() - began
                     self.simulator.bot_url = self.url
                     return self
-            time.sleep(0.05)
+            time.sleep(0.02)
         self.stop(signal.SIGKILL)
         raise RuntimeError(f"the bot did not start:\n{self.log.read_text()}")
 

@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,9 @@ BUSY_TIMEOUT = 1.5  # seconds to wait for a locked file; Tencent waits 2 for an 
 REDIS_TIMEOUT = 0.7  # seconds to wait for a connection, and again for an answer
 REMEMBERED = 50  # answered messages of one conversation whose texts Redis keeps
 BATCH = 500  # messages deleted in one step
-MINUTE = 60  # seconds in which look_up counts what was asked
+MINUTE = 60  # seconds in which it is counted what somebody asked
+CALLBACK = ("add", "look_up", "request_stop")  # verbs that a callback waits for
+ANY = 2**31  # no limit
 
 Data = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -80,20 +82,30 @@ class Store:
         tokens = json.dumps({claim.id: claim.token for claim in claims})
         return {token for (token,) in self._do(verb, claims=tokens, **values)}
 
+    def add(
+        self,
+        id: str,
+        conversation: str,
+        data: Data,
+        asker: str = "",
+        room: int = ANY,
+        rate: int = ANY,
+    ) -> bool:
+        """Keep a message on disk.
+
+        False if this id was added before, if `room` messages of the conversation are
+        not answered yet, or if `asker` added `rate` in the last MINUTE.
+        """
+        values = {"id": id, "conversation": conversation, "asker": asker}
+        limits = {"room": room, "rate": rate, "minute": MINUTE}
+        return bool(self._do("add", **values, **limits, data=json.dumps(data)))
+
     def look_up(self, id: str, conversation: str, asker: str) -> tuple[bool, int, int]:
-        """Return whether this id was added before, how many messages of a conversation
-        are not answered, and how many `asker` added in the last MINUTE."""
+        """Return what makes add refuse: whether this id was added before, how many
+        messages of a conversation are not answered, how many `asker` added lately."""
         values = {"id": id, "conversation": conversation, "asker": asker}
         [(known, waiting, asked)] = self._do("look_up", **values, minute=MINUTE)
         return bool(known), int(waiting), int(asked)
-
-    def add(self, id: str, conversation: str, data: Data, asker: str = "") -> bool:
-        """Keep a message on disk; False if this id was added before.
-
-        It counts as one that `asker` asked, if that is not empty.
-        """
-        values = {"id": id, "conversation": conversation, "asker": asker}
-        return bool(self._do("add", **values, data=json.dumps(data), minute=MINUTE))
 
     def claim(self) -> Claim | None:
         """Take the oldest message that is first in a conversation nobody holds.
@@ -265,20 +277,20 @@ END;
 
 # Every step of a worker names its claim, so a worker that lost it changes nothing.
 _HELD = "WHERE id = :id AND token = :token"
+_WAITING = """(SELECT count(*) FROM message
+    WHERE state IN ('waiting', 'next') AND conversation = :conversation)"""
+_ASKED = """(SELECT count(*) FROM message
+    WHERE asker = :asker AND accepted > :now - :minute)"""
 _SQL = {
-    "look_up": (
-        """SELECT EXISTS (SELECT 1 FROM message WHERE id = :id),
-            (SELECT count(*) FROM message
-                WHERE state IN ('waiting', 'next') AND conversation = :conversation),
-            (SELECT count(*) FROM message
-                WHERE asker = :asker AND accepted > :now - :minute)""",
-    ),
     "add": (
-        """INSERT INTO message (id, conversation, data, asker, accepted, due, state)
-        VALUES (:id, :conversation, :data, nullif(:asker, ''), :now, :now,
+        f"""INSERT INTO message (id, conversation, data, asker, accepted, due, state)
+        SELECT :id, :conversation, :data, nullif(:asker, ''), :now, :now,
             iif(EXISTS (SELECT 1 FROM message WHERE state = 'next'
-                AND conversation = :conversation), 'waiting', 'next'))
-        ON CONFLICT (id) DO NOTHING""",
+                AND conversation = :conversation), 'waiting', 'next')
+        WHERE {_WAITING} < :room AND {_ASKED} < :rate ON CONFLICT (id) DO NOTHING""",
+    ),
+    "look_up": (
+        f"SELECT EXISTS (SELECT 1 FROM message WHERE id = :id), {_WAITING}, {_ASKED}",
     ),
     "claim": (
         """UPDATE message SET token = :new, due = :now + :lease,
@@ -362,8 +374,8 @@ _SQL = {
 
 
 @dataclass(slots=True, eq=False)
-class Job:
-    """A step that a thread wants done, perhaps by another thread."""
+class Step:
+    """A verb that a thread wants done, perhaps by another thread."""
 
     verb: str
     values: Data
@@ -381,8 +393,10 @@ class SQLiteStore(Store):
     """
 
     def __init__(self, path: str) -> None:
-        self._jobs: deque[Job] = deque()
+        self._steps: deque[Step] = deque()
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._callbacks: deque[str] = deque()  # those that are at the store now
+        self._turn = threading.Lock()
         try:
             self._writer, self._reader = self._connect(path), self._connect(path)
             self._insist("PRAGMA journal_mode = WAL")
@@ -417,43 +431,60 @@ class SQLiteStore(Store):
                     raise
 
     def _run(self, verb: str, values: Data) -> Any:
-        if _SQL[verb][0].startswith("SELECT"):
-            return self._read(verb, values)
-        job = Job(verb, values)
-        self._jobs.append(job)
+        with self._after_callbacks(verb):
+            reads = _SQL[verb][0].startswith("SELECT")
+            return (self._read if reads else self._write)(verb, values)
+
+    @contextlib.contextmanager
+    def _after_callbacks(self, verb: str) -> Iterator[None]:
+        """While a callback is at the store, let the others go there one at a time: else
+        it stands behind hundreds of answers when there is too much to do."""
+        if verb in CALLBACK:
+            self._callbacks.append(verb)
+            try:
+                yield
+            finally:
+                self._callbacks.pop()
+        else:
+            with self._turn if self._callbacks else contextlib.nullcontext():
+                yield
+
+    def _write(self, verb: str, values: Data) -> Any:
+        step = Step(verb, values)
+        self._steps.append(step)
         with self._write_lock:
-            if not job.done:
+            if not step.done:
                 self._commit(self._take())
-        if job.error:
-            raise StoreError(job.error)
-        return job.result
+        if step.error:
+            raise StoreError(step.error)
+        return step.result
 
-    def _take(self) -> list[Job]:
-        return [self._jobs.popleft() for _ in range(len(self._jobs))]
+    def _take(self) -> list[Step]:
+        return [self._steps.popleft() for _ in range(len(self._steps))]
 
-    def _commit(self, jobs: list[Job]) -> None:
-        level = "FULL" if any(job.verb == "add" for job in jobs) else "NORMAL"
+    def _commit(self, steps: list[Step]) -> None:
+        level = "FULL" if any(step.verb == "add" for step in steps) else "NORMAL"
         try:
             if level != self._level:
                 self._sync(level)
-            self._do_all(jobs)
+            self._do_all(steps)
         except Exception as error:
             with contextlib.suppress(sqlite3.Error):
                 self._writer.rollback()
             # Those behind waited for the same lock: another wait would be too long.
-            jobs += self._take()
-            for job in jobs:
-                job.error = f"the database cannot be written: {error}"
-        for job in jobs:
-            job.done = True
+            steps += self._take()
+            for step in steps:
+                step.error = f"the database cannot be written: {error}"
+        for step in steps:
+            step.done = True
 
-    def _do_all(self, jobs: list[Job]) -> None:
-        alone = len(jobs) == 1 == len(_SQL[jobs[0].verb])
+    def _do_all(self, steps: list[Step]) -> None:
+        alone = len(steps) == 1 == len(_SQL[steps[0].verb])
         if not alone:
             self._insist("BEGIN IMMEDIATE")
-        for job in jobs:
-            values = {**job.values, "now": time.time()}
-            job.result, *_ = [self._insist(sql, values) for sql in _SQL[job.verb]]
+        for step in steps:
+            values = {**step.values, "now": time.time()}
+            step.result, *_ = [self._insist(sql, values) for sql in _SQL[step.verb]]
         if not alone:
             self._writer.execute("COMMIT")
 
@@ -534,12 +565,14 @@ end
 local function known(id)
     return call('EXISTS', message(id)) == 1 or call('ZSCORE', ENDED, id)
 end
+local function asked() return call('ZCOUNT', ASKED, '(' .. now - a.minute, '+inf') end
 function verbs.look_up()
-    local asked = call('ZCOUNT', ASKED, '(' .. now - a.minute, '+inf')
-    return {{known(a.id) and 1 or 0, call('ZCARD', TURN), asked}}
+    return {{known(a.id) and 1 or 0, call('ZCARD', TURN), asked()}}
 end
 function verbs.add()
-    if known(a.id) then return 0 end
+    if known(a.id) or call('ZCARD', TURN) >= a.room or asked() >= a.rate then
+        return 0
+    end
     local seq = call('INCR', key('seq'))
     set(a.id, 'seq', seq, 'id', a.id, 'conversation', a.conversation,
         'data', a.data, 'accepted', now, 'attempts', 0, 'remember', 1)

@@ -1883,7 +1883,7 @@ def test_sqlite_syncs_what_it_adds_and_shares_the_commit(sqlite):
         ]
         for thread in threads:
             thread.start()
-        poll(lambda: len(sqlite._jobs) == 8)
+        poll(lambda: len(sqlite._steps) == 8)
     for thread in threads:
         thread.join()
     assert seen.count("COMMIT") == 1 and waiting(sqlite, "jared") == 10
@@ -2032,7 +2032,9 @@ def test_sqlite_answers_its_questions_from_indexes(sqlite):
     values = {name: None for name in ("claims", "conversation", "limit", "now", "age")}
     values |= {name: None for name in ("id", "token", "most", "new", "lease", "asker")}
     values |= {name: None for name in ("reason", "reply", "progress", "remember")}
-    values |= {name: None for name in ("delay", "back", "data", "minute")}
+    values |= {
+        name: None for name in ("delay", "back", "data", "minute", "room", "rate")
+    }
     for verb, statements in store._SQL.items():
         for sql in statements if verb != "retry" else ():
             plan = sqlite._reader.execute(f"EXPLAIN QUERY PLAN {sql}", values)
@@ -2371,16 +2373,16 @@ def ai_service(*bodies, name="openai", status=200, key=AI_KEY, headers=None, **f
     """
     tries = []
 
-    def post(url, **options):
+    def post(url, *given):
         body = bodies[min(len(tries), len(bodies) - 1)]
-        tries.append(options)
+        tries.append(given)
         pieces = iter([body] if isinstance(body, bytes) else body)
         raw = SimpleNamespace(read1=lambda *_, **__: next(pieces, b""))
         head = CaseInsensitiveDict(headers or {})
         return nullcontext(SimpleNamespace(status_code=status, headers=head, raw=raw))
 
-    http = SimpleNamespace(post=post)
-    return Provider(PROVIDERS[name], key, http=http, **fields), tries
+    wire = SimpleNamespace(post=post)
+    return Provider(PROVIDERS[name], key, wire=wire, **fields), tries
 
 
 def ai_answer(*bodies, seconds=20.0, whole=False, **options):

@@ -19,14 +19,13 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import quote
 
 import requests
-from requests.adapters import HTTPAdapter
 
 from usersig import gen_user_sig
+from wire import Wire
 
 ROBOT = "@RBT#"  # how the UserID of every chatbot account starts
 LONGEST_ID = 128  # characters; Tencent's own limits are lower
@@ -382,14 +381,7 @@ class Client:
         self.url, self.sdkappid, self._key, self.admin = url, sdkappid, key, admin
         self._sig, self._renew_at = "", 0.0
         self._lock = threading.Lock()
-        # Threads share the session: nothing in it changes after these lines but the
-        # connection pool, which urllib3 locks.
-        self._http = requests.Session()
-        env = self._http.merge_environment_settings(url, {}, None, None, None)
-        self._http.proxies, self._http.verify = env["proxies"], env["verify"]
-        self._http.trust_env = False  # which else looks there for every call
-        self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._http.mount(url, HTTPAdapter(pool_maxsize=threads))
+        self._wire = Wire(url, threads)
 
     def send(
         self, message: Message, element: Json, order: int, part: int, mention: bool
@@ -505,13 +497,8 @@ class Client:
             f"&usersig={quote(sig)}&random={random.getrandbits(32)}&contenttype=json"
         )
         try:
-            response = self._http.post(
-                f"{self.url}/v4/{command}?{query}",
-                data=data,
-                headers={"Content-Type": "application/json"},
-                timeout=TIMEOUT,
-                allow_redirects=False,
-            )
+            url = f"{self.url}/v4/{command}?{query}"
+            response = self._wire.post(url, data, {}, TIMEOUT)
         except requests.RequestException as error:
             # Its text holds the URL with the UserSig: only its name may be told.
             kind = type(error).__name__

@@ -1,0 +1,62 @@
+"""HTTP calls over connections that any number of threads share.
+
+`requests` for a server: a `requests.Session` prepares every call anew from all that it
+remembers, which costs nearly as much as the call. Here nothing is remembered but the
+open connections: no cookies and no redirects, and ~/.netrc, where an entry would
+replace a key, is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
+
+JSON = {"Content-Type": "application/json"}
+
+
+class Wire:
+    """The connections to one address, of which `threads` are kept open.
+
+    What the environment says of proxies and CA bundle holds for as long as they do.
+    """
+
+    def __init__(
+        self, url: str, threads: int = 64, adapter: type[HTTPAdapter] = HTTPAdapter
+    ) -> None:
+        self._adapter = adapter(pool_maxsize=threads)
+        settings: dict[str, Any] = {}
+        with suppress(ValueError):  # a broken address is told of when it is called
+            session = requests.Session()
+            found = session.merge_environment_settings(url, {}, None, None, None)
+            settings |= found
+        self._proxies = settings.get("proxies", {})
+        self._verify = settings.get("verify", True)
+
+    def post(
+        self,
+        url: str,
+        data: bytes,
+        headers: Mapping[str, str],
+        timeout: tuple[float, float],
+        stream: bool = False,
+    ) -> requests.Response:
+        """Send JSON and return the response; its body is read unless `stream`.
+
+        `timeout` has the seconds to connect, and between two bytes of the answer.
+        Raises requests.RequestException, and ValueError for a header that cannot be.
+        """
+        request = requests.PreparedRequest()
+        request.method, request.url, request.body = "POST", url, data
+        length = {"Content-Length": str(len(data))}
+        request.headers = CaseInsensitiveDict({**JSON, **headers, **length})
+        response = self._adapter.send(
+            request, stream, timeout, self._verify, None, self._proxies
+        )
+        if not stream:
+            response.content  # noqa: B018
+        return response
