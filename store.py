@@ -60,6 +60,10 @@ class Claim:
 class Store:
     """The promises. Every verb is one atomic step and may raise StoreError."""
 
+    def __init__(self) -> None:
+        self._callbacks: deque[str] = deque()  # those that are at the store now
+        self._turn = threading.Lock()
+
     def _run(self, verb: str, values: Data) -> Any:
         """Do the step of a verb; return rows, or how many messages it changed."""
         raise NotImplementedError
@@ -72,7 +76,22 @@ class Store:
         for name, value in values.items():
             if isinstance(value, str):  # half a surrogate pair cannot be stored
                 values[name] = value.encode(errors="backslashreplace").decode()
-        return self._run(verb, values)
+        with self._after_callbacks(verb):
+            return self._run(verb, values)
+
+    @contextlib.contextmanager
+    def _after_callbacks(self, verb: str) -> Iterator[None]:
+        """While a callback is at the store, let the others go there one at a time: else
+        it stands behind hundreds of answers when there is too much to do."""
+        if verb in CALLBACK:
+            self._callbacks.append(verb)
+            try:
+                yield
+            finally:
+                self._callbacks.pop()
+        else:
+            with self._turn if self._callbacks else contextlib.nullcontext():
+                yield
 
     def _held(self, verb: str, claim: Claim, **values: Any) -> bool:
         key = {"id": claim.id, "token": claim.token, "conversation": claim.conversation}
@@ -393,10 +412,9 @@ class SQLiteStore(Store):
     """
 
     def __init__(self, path: str) -> None:
+        super().__init__()
         self._steps: deque[Step] = deque()
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
-        self._callbacks: deque[str] = deque()  # those that are at the store now
-        self._turn = threading.Lock()
         try:
             self._writer, self._reader = self._connect(path), self._connect(path)
             self._insist("PRAGMA journal_mode = WAL")
@@ -431,23 +449,8 @@ class SQLiteStore(Store):
                     raise
 
     def _run(self, verb: str, values: Data) -> Any:
-        with self._after_callbacks(verb):
-            reads = _SQL[verb][0].startswith("SELECT")
-            return (self._read if reads else self._write)(verb, values)
-
-    @contextlib.contextmanager
-    def _after_callbacks(self, verb: str) -> Iterator[None]:
-        """While a callback is at the store, let the others go there one at a time: else
-        it stands behind hundreds of answers when there is too much to do."""
-        if verb in CALLBACK:
-            self._callbacks.append(verb)
-            try:
-                yield
-            finally:
-                self._callbacks.pop()
-        else:
-            with self._turn if self._callbacks else contextlib.nullcontext():
-                yield
+        reads = _SQL[verb][0].startswith("SELECT")
+        return self._read(verb, values) if reads else self._write(verb, values)
 
     def _write(self, verb: str, values: Data) -> Any:
         step = Step(verb, values)
@@ -705,6 +708,7 @@ class RedisStore(Store):
     """Store in Redis, for any number of machines. Its clock counts."""
 
     def __init__(self, url: str) -> None:
+        super().__init__()
         try:
             from redis import Redis, RedisError
         except ImportError:
