@@ -32,7 +32,8 @@ REDIS_TIMEOUT = 0.7  # seconds to wait for a connection, and again for an answer
 REMEMBERED = 50  # answered messages of one conversation whose texts Redis keeps
 BATCH = 500  # messages deleted in one step
 MINUTE = 60  # seconds in which it is counted what somebody asked
-CALLBACK = ("add", "look_up", "request_stop")  # verbs that a callback waits for
+CALLBACK = ("add", "look_up", "request_stop", "stats")  # verbs that Tencent waits for
+POLITE = 5.0  # seconds for which the other verbs may have to wait for those
 ANY = 2**31  # no limit
 
 Data = dict[str, Any]
@@ -90,8 +91,12 @@ class Store:
             finally:
                 self._callbacks.pop()
         else:
-            with self._turn if self._callbacks else contextlib.nullcontext():
+            held = bool(self._callbacks) and self._turn.acquire(timeout=POLITE)
+            try:
                 yield
+            finally:
+                if held:
+                    self._turn.release()
 
     def _held(self, verb: str, claim: Claim, **values: Any) -> bool:
         key = {"id": claim.id, "token": claim.token, "conversation": claim.conversation}

@@ -1089,7 +1089,7 @@ def test_a_conversation_that_is_full_is_told_once(sim, make_app):
     poll(lambda: len(sim.delivered) == 3 and idle(im))
 
 
-def test_pictures_go_to_services_that_see(sim, make_app):
+def test_pictures_go_to_services_that_see(sim, make_app, tmp_path):
     picture = {
         "MsgType": "TIMImageElem",
         "MsgContent": {
@@ -1108,7 +1108,9 @@ def test_pictures_go_to_services_that_see(sim, make_app):
         {"type": "text", "text": "what is it?"},
         {"type": "image_url", "image_url": {"url": "https://x/2"}},
     ]
-    im = Caller(sim, make_app(ai_provider="deepseek").test_client())
+    another = str(tmp_path / "another.db")  # else the first bot may take the question
+    app = make_app(ai_provider="deepseek", database=another)
+    im = Caller(sim, app.test_client())
     im.say(MsgBody=[picture])
     assert "图片" in sim.wait(2)[1].text
     assert len(sim.ai_requests) == 1
@@ -1740,6 +1742,48 @@ def test_what_users_asked_is_counted_once_and_for_a_minute(kept, monkeypatch):
     assert kept.look_up("1", "elsewhere", "") == (True, 0, 0)
     monkeypatch.setattr(store, "MINUTE", 1)
     poll(lambda: kept.look_up("2", "chat", "jared") == (True, 2, 0))
+
+
+def test_limits_hold_for_all_processes_at_once(kept, opened):
+    stores = (kept, opened())
+
+    def add(number):
+        where = f"chat {number % 8}" if number < 16 else "full"
+        asker = "jared" if number < 16 else ""
+        limits = {"room": 3, "rate": 5}
+        return stores[number % 2].add(str(number), where, {}, asker, **limits)
+
+    added = in_threads(32, add)
+    assert added[:16].count(True) == 5 and added[16:].count(True) == 3
+    refused = added.index(False)
+    assert kept.look_up(str(refused), "full", "jared") == (False, 3, 5)
+
+
+def test_workers_go_to_the_store_one_at_a_time_while_a_callback_is_there(
+    kept, monkeypatch
+):
+    run, there, seen, free = kept._run, [], [], threading.Event()
+
+    def watched(verb, values):
+        if verb == "add":
+            free.wait(20)
+        else:
+            there.append(verb)
+            seen.append(len(there))
+            time.sleep(0.05)
+            there.pop()
+        return run(verb, values)
+
+    monkeypatch.setattr(kept, "_run", watched)
+    callback = threading.Thread(target=kept.add, args=("1", "jared", {}))
+    callback.start()
+    poll(lambda: kept._callbacks)
+    in_threads(4, lambda _: kept.due(1))
+    assert max(seen) == 1
+    free.set()
+    callback.join()
+    in_threads(4, lambda _: kept.due(1))
+    assert max(seen) > 1
 
 
 def test_redis_keeps_no_list_of_what_was_asked_long_ago(shared_redis, monkeypatch):
