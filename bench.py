@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -22,19 +23,19 @@ import shutil
 import signal
 import socket
 import sqlite3
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import urlencode
 
@@ -156,6 +157,7 @@ class Clock(Simulator):
         super().__init__()
         self.users = {person(number) for number in range(PEOPLE)}
         self.robots = dict.fromkeys(MODES, "")
+        self.im_seconds: list[float] = []
         self.begin()
 
     def begin(self) -> None:
@@ -165,7 +167,6 @@ class Clock(Simulator):
         self.answered: dict[int, float] = {}  # question -> when the AI was ready
         self.chunk: dict[int, float] = {}  # question -> when its first chunk went out
         self.shown: dict[str, float] = {}  # user -> when a first text came
-        self.im_seconds: list[float] = []
 
     def record(
         self, kind: str, began: float, url: str, body: Any, status: int, answer: Any
@@ -174,7 +175,8 @@ class Clock(Simulator):
         self.ai_requests.clear()
         if kind == "AI":
             number = question(body["messages"][-1]["content"])
-            self.asked[number], self.answered[number] = began, time.time()
+            self.asked.setdefault(number, began)
+            self.answered[number] = time.time()
         elif kind == "IM":
             self.im_seconds.append(time.time() - began)
             if "You" in json.dumps(body["MsgBody"]):
@@ -232,7 +234,7 @@ Figures = dict[str, tuple[float, ...]]
 
 def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
     """Return p50 and p99 in milliseconds."""
-    ordered, count = sorted(seconds), len(seconds)
+    ordered, count = sorted(seconds) or [math.nan], len(seconds)
     return ordered[count // 2] * 1000, ordered[count * 99 // 100] * 1000
 
 
@@ -263,8 +265,9 @@ def acknowledge(
     seconds = max(post.done for post in posts) - min(post.sent for post in posts)
     taken = percentiles([post.done - post.sent for post in posts])
     return {
-        "acknowledgements a second": (sum(post.ok for post in posts) / seconds,),
+        "acknowledgements a second": (len(posts) / seconds,),
         "acknowledgement p50 / p99, ms": taken,
+        "acknowledgements refused": (sum(not post.ok for post in posts),),
     }
 
 
@@ -282,7 +285,7 @@ def carry(
     posts, generator = load.result()
     memory = usage.memory()
     simulator.wait_for(sum(post.ok for post in posts))
-    born = [message.born for message in simulator.delivered]
+    born = [message.born for message in simulator.delivered] or [0.0]
     ours, count = time.process_time() - ours, len(born)
     shown = {question(m.text): m.born for m in simulator.delivered}
     asked, answered = simulator.asked, simulator.answered
@@ -295,7 +298,7 @@ def carry(
     what = f"{rate} messages/s: "
     lost, twice, misordered = wrong(posts, simulator.delivered)
     return {
-        what + "answers a second": (count / (max(born) - min(born)),),
+        what + "answers a second": (count / (max(born) - min(born) or 1),),
         what + "added p50 / p99, ms": percentiles(added),
         what + "ack p50 / p99, ms": late,
         what + "CPU of the bot, ms an answer": (usage.spent() / count * 1000,),
@@ -304,7 +307,10 @@ def carry(
             ours / count * 1000,
         ),
         what + "memory of a process, MB": (memory,),
-        what + "lost / twice / out of order": (lost, twice, misordered),
+        what + "refused / lost / twice / out of order": (
+            sum(not post.ok for post in posts),
+            *(lost, twice, misordered),
+        ),
     }
 
 
@@ -329,9 +335,13 @@ def show_first(simulator: Clock) -> Figures:
             simulator.say(person(number), robot, f"question [{number}]")
             time.sleep(0.1)
         simulator.wait_for(20)
-        waits = [simulator.shown[person(n)] - simulator.chunk[n] for n in range(20)]
-        figures[f"AI's first chunk to a text, {mode}, ms"] = percentiles(waits)
-    figures["one IM call of the stand-in, ms"] = percentiles(simulator.im_seconds)[:1]
+        shown, chunk = simulator.shown, simulator.chunk
+        waits = [shown.get(person(n), math.inf) - chunk[n] for n in chunk]
+        name = f"AI's first chunk to a text, {mode}, p50 / max, ms"
+        figures[name] = percentiles(waits)
+    figures["IM call of the stand-in, p50 / p99, ms"] = percentiles(
+        simulator.im_seconds
+    )
     simulator.ai_pace = 0.0
     return figures
 
@@ -345,22 +355,23 @@ def benchmark(stores: list[str], runs: int) -> bool:
                 print(f"run {run + 1} of {runs}: {store}", file=sys.stderr)
                 found[store].append(measure(store, pool))
     cores, version = os.cpu_count(), sys.version.split()[0]
-    print(f"{f'{cores} cores, Python {version}, medians of {runs}':46}", end="")
+    print(f"{f'{cores} cores, Python {version}, medians of {runs}':50}", end="")
     print("".join(f"{store:>17}" for store in found))
     for name in found[stores[0]][0]:
-        cells = [
-            told([run[name] for run in each if name in run]) for each in found.values()
-        ]
-        print(f"{name:46}" + "".join(f"{cell:>17}" for cell in cells))
-    every = [run.items() for each in found.values() for run in each]
-    return not any(any(v) for items in every for name, v in items if "lost" in name)
+        every = [[run[name] for run in each if name in run] for each in found.values()]
+        cells = [told(runs, max if "refused" in name else median) for runs in every]
+        print(f"{name:50}" + "".join(f"{cell:>17}" for cell in cells))
+    runs_of_all = [run.items() for each in found.values() for run in each]
+    return not any(any(v) for run in runs_of_all for n, v in run if "refused" in n)
 
 
-def told(runs: list[tuple[float, ...]]) -> str:
-    """Return the medians of some runs as the table shows them."""
-    medians = [statistics.median(values) for values in zip(*runs, strict=True)]
-    digits = [0 if value >= 100 or value == int(value) else 1 for value in medians]
-    return " / ".join(f"{v:,.{d}f}" for v, d in zip(medians, digits, strict=True))
+def told(
+    runs: list[tuple[float, ...]], choose: Callable[[Iterable[float]], float]
+) -> str:
+    """Return the figures of some runs as the table shows them."""
+    values = [choose(column) for column in zip(*runs, strict=True)]
+    digits = [0 if value >= 100 or not value % 1 else 1 for value in values]
+    return " / ".join(f"{v:,.{d}f}" for v, d in zip(values, digits, strict=True))
 
 
 @dataclass(eq=False)

@@ -389,10 +389,11 @@ class Bot:
             return "stranger"
         asker = "" if command(message) or message.kind == "stop" else message.user
         room, rate = self.config.max_waiting, self.config.rate_limit or ANY
-        if self.store.add(message.id, lane, message.data(), asker, room, rate):
-            return ""
-        known, waiting, _ = self.store.look_up(message.id, lane, asker)
-        return "known" if known else "flood" if waiting >= room else "rate"
+        while not self.store.add(message.id, lane, message.data(), asker, room, rate):
+            known, waiting, asked = self.store.look_up(message.id, lane, asker)
+            if known or waiting >= room or asked >= rate:
+                return "known" if known else "flood" if waiting >= room else "rate"
+        return ""
 
     def _wake(self, count: int) -> None:
         most = self.config.worker_threads

@@ -31,9 +31,10 @@ BUSY_TIMEOUT = 1.5  # seconds to wait for a locked file; Tencent waits 2 for an 
 REDIS_TIMEOUT = 0.7  # seconds to wait for a connection, and again for an answer
 REMEMBERED = 50  # answered messages of one conversation whose texts Redis keeps
 BATCH = 500  # messages deleted in one step
-MINUTE = 60  # seconds in which it is counted what somebody asked
-CALLBACK = ("add", "look_up", "request_stop", "stats")  # verbs that Tencent waits for
-POLITE = 5.0  # seconds for which the other verbs may have to wait for those
+MINUTE = 60  # seconds over which add's `rate` counts
+# Verbs that do not wait in line: Tencent waits for them, or they keep the claims.
+URGENT = ("add", "look_up", "request_stop", "stats", "renew", "stops")
+POLITE = 5.0  # seconds that the other verbs wait in line at the most
 ANY = 2**31  # no limit
 
 Data = dict[str, Any]
@@ -62,7 +63,7 @@ class Store:
     """The promises. Every verb is one atomic step and may raise StoreError."""
 
     def __init__(self) -> None:
-        self._callbacks: deque[str] = deque()  # those that are at the store now
+        self._urgent: deque[str] = deque()  # at the store now; counts without a lock
         self._turn = threading.Lock()
 
     def _run(self, verb: str, values: Data) -> Any:
@@ -77,21 +78,21 @@ class Store:
         for name, value in values.items():
             if isinstance(value, str):  # half a surrogate pair cannot be stored
                 values[name] = value.encode(errors="backslashreplace").decode()
-        with self._after_callbacks(verb):
+        with self._in_line(verb):
             return self._run(verb, values)
 
     @contextlib.contextmanager
-    def _after_callbacks(self, verb: str) -> Iterator[None]:
+    def _in_line(self, verb: str) -> Iterator[None]:
         """While a callback is at the store, let the others go there one at a time: else
         it stands behind hundreds of answers when there is too much to do."""
-        if verb in CALLBACK:
-            self._callbacks.append(verb)
+        if verb in URGENT:
+            self._urgent.append(verb)
             try:
                 yield
             finally:
-                self._callbacks.pop()
+                self._urgent.pop()
         else:
-            held = bool(self._callbacks) and self._turn.acquire(timeout=POLITE)
+            held = bool(self._urgent) and self._turn.acquire(timeout=POLITE)
             try:
                 yield
             finally:
@@ -118,7 +119,7 @@ class Store:
         """Keep a message on disk.
 
         False if this id was added before, if `room` messages of the conversation are
-        not answered yet, or if `asker` added `rate` in the last MINUTE.
+        not answered yet, or if `asker`, unless empty, added `rate` in the last MINUTE.
         """
         values = {"id": id, "conversation": conversation, "asker": asker}
         limits = {"room": room, "rate": rate, "minute": MINUTE}
@@ -423,6 +424,10 @@ class SQLiteStore(Store):
         try:
             self._writer, self._reader = self._connect(path), self._connect(path)
             self._insist("PRAGMA journal_mode = WAL")
+            with contextlib.suppress(
+                sqlite3.OperationalError
+            ):  # new, or has it already
+                self._writer.execute("ALTER TABLE message ADD COLUMN asker TEXT")
             self._writer.executescript(_SCHEMA)
             self._writer.execute("PRAGMA secure_delete = ON")
             self._writer.execute("PRAGMA busy_timeout = 5")  # milliseconds

@@ -1777,7 +1777,7 @@ def test_workers_go_to_the_store_one_at_a_time_while_a_callback_is_there(
     monkeypatch.setattr(kept, "_run", watched)
     callback = threading.Thread(target=kept.add, args=("1", "jared", {}))
     callback.start()
-    poll(lambda: kept._callbacks)
+    poll(lambda: kept._urgent)
     in_threads(4, lambda _: kept.due(1))
     assert max(seen) == 1
     free.set()

@@ -2,8 +2,8 @@
 
 `requests` for a server: a `requests.Session` prepares every call anew from all that it
 remembers, which costs nearly as much as the call. Here nothing is remembered but the
-open connections: no cookies and no redirects, and ~/.netrc, where an entry would
-replace a key, is never read.
+open connections: no cookies and no redirects. ~/.netrc and a password in an address are
+not used: they would replace a key.
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
+from requests.exceptions import InvalidURL
 from requests.structures import CaseInsensitiveDict
+from requests.utils import default_user_agent
+from urllib3.exceptions import HTTPError
 
-JSON = {"Content-Type": "application/json"}
+HEADERS = {
+    "User-Agent": default_user_agent(),
+    "Accept": "*/*",
+    "Content-Type": "application/json",
+}
 
 
 class Wire:
@@ -29,13 +36,12 @@ class Wire:
         self, url: str, threads: int = 64, adapter: type[HTTPAdapter] = HTTPAdapter
     ) -> None:
         self._adapter = adapter(pool_maxsize=threads)
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = {"proxies": {}, "verify": True}
         with suppress(ValueError):  # a broken address is told of when it is called
             session = requests.Session()
             found = session.merge_environment_settings(url, {}, None, None, None)
             settings |= found
-        self._proxies = settings.get("proxies", {})
-        self._verify = settings.get("verify", True)
+        self._proxies, self._verify = settings["proxies"], settings["verify"]
 
     def post(
         self,
@@ -48,15 +54,19 @@ class Wire:
         """Send JSON and return the response; its body is read unless `stream`.
 
         `timeout` has the seconds to connect, and between two bytes of the answer.
-        Raises requests.RequestException, and ValueError for a header that cannot be.
+        Raises requests.RequestException.
         """
         request = requests.PreparedRequest()
         request.method, request.url, request.body = "POST", url, data
         length = {"Content-Length": str(len(data))}
-        request.headers = CaseInsensitiveDict({**JSON, **headers, **length})
-        response = self._adapter.send(
-            request, stream, timeout, self._verify, None, self._proxies
-        )
+        request.headers = CaseInsensitiveDict({**HEADERS, **headers, **length})
+        given = stream, timeout, self._verify, None, self._proxies
+        try:
+            response = self._adapter.send(request, *given)
+        except requests.RequestException:
+            raise
+        except (HTTPError, ValueError) as error:  # of an address that cannot be
+            raise InvalidURL(type(error).__name__) from None
         if not stream:
             response.content  # noqa: B018
         return response
