@@ -59,6 +59,7 @@ from simulator import (
     text_body,
 )
 from store import RedisStore, SQLiteStore, StoreError, open_store
+from wire import Wire
 
 APPID, TOKEN = 1400000000, "stand-in-token"
 HERE = Path(__file__).parent
@@ -2045,6 +2046,17 @@ def test_sqlite_goes_on_after_a_step_that_failed(sqlite, monkeypatch):
     put(sqlite, "1")
 
 
+def test_sqlite_opens_a_file_from_before_limits_were_kept_there(tmp_path):
+    path = str(tmp_path / "store.db")
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript(store._SCHEMA)
+        old.execute("DROP INDEX message_asked")
+        old.execute("ALTER TABLE message DROP COLUMN asker")
+    kept = SQLiteStore(path)
+    assert kept.add("1", "jared", {}, "jared") and answer(kept).id == "1"
+    kept.close()
+
+
 def test_sqlite_that_cannot_be_opened_says_which_file(tmp_path):
     with pytest.raises(StoreError, match="missing/store.db cannot be opened"):
         SQLiteStore(str(tmp_path / "missing/store.db"))
@@ -3461,6 +3473,12 @@ def test_threads_without_end_do_not_pile_up(ai_socket):
     while threading.active_count() > before + 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= before + 2
+
+
+@pytest.mark.parametrize("url", ["https://.de", "http://[::1", "https://a..b"])
+def test_an_address_that_cannot_be_is_an_error_of_requests(url):
+    with pytest.raises(requests.RequestException):
+        Wire(url).post(f"{url}/x", b"{}", {}, (1, 1))
 
 
 def test_netrc_does_not_replace_the_key(ai_socket, tmp_path, monkeypatch):
