@@ -1035,6 +1035,20 @@ def test_a_user_who_is_too_fast_is_told_once(sim, make_app):
     assert ["太快" in text for text in said].count(True) == 1
 
 
+def test_what_there_is_room_for_again_is_taken(sim, make_app, monkeypatch):
+    app = make_app()
+    kept, tries = app.extensions["bot"].store, []
+    add = kept.add
+
+    def full_at_first(*values):
+        tries.append(values)
+        return len(tries) > 1 and add(*values)
+
+    monkeypatch.setattr(kept, "add", full_at_first)
+    Caller(sim, app.test_client()).say("hello")
+    assert "hello" in sim.wait(1)[0].text and len(tries) == 2
+
+
 def test_a_question_is_counted_once_however_often_it_is_tried(sim, make_app):
     im = Caller(sim, make_app(rate_limit=1, reply_mode="modify").test_client())
     faults = [60011] * 6
