@@ -3489,6 +3489,14 @@ def test_threads_without_end_do_not_pile_up(ai_socket):
     assert threading.active_count() <= before + 2
 
 
+def test_an_answer_of_tencents_that_is_cut_is_a_call_that_brought_none(ai_socket):
+    server = ai_socket(b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{")
+    client = tim.Client(server.url, APPID, KEY, "administrator")
+    with pytest.raises(tim.IMError) as caught:
+        client.call("openim/sendmsg", {}, waits=())
+    assert caught.value.code == tim.NETWORK and caught.value.retry
+
+
 @pytest.mark.parametrize("url", ["https://.de", "http://[::1", "https://a..b"])
 def test_an_address_that_cannot_be_is_an_error_of_requests(url):
     with pytest.raises(requests.RequestException):
