@@ -37,7 +37,7 @@ from werkzeug.exceptions import HTTPException
 import providers
 import tim
 from providers import PROVIDERS, Call, Provider, ProviderError, Replace
-from store import ANY, REMEMBERED, Claim, Store, StoreError, open_store
+from store import ANY, MINUTE, REMEMBERED, Claim, Store, StoreError, open_store
 from usersig import BadSignature, check_callback, gen_user_sig
 
 __version__ = "1.0.0"
@@ -381,7 +381,7 @@ class Bot:
         self._wake(1)
 
     def _keep_question(self, message: tim.Message, lane: str) -> str:
-        """Store a message; return "" or why it is not taken, as a key of TEXTS."""
+        """Store a message; return "", or why not: "known" or a key of TEXTS."""
         users, groups = self.config.allow_users, self.config.allow_groups
         if users and message.user not in users:
             return "stranger"
@@ -695,7 +695,7 @@ def _without_quotes(details: str, chat: list[Json]) -> str:
 def _notice(message: tim.Message, refusal: str) -> tim.Message:
     """Return what is stored instead of a message that is refused. By its id the store
     knows that this user was told already."""
-    every = 60 if refusal == "rate" else NOTICE_EVERY
+    every = MINUTE if refusal == "rate" else NOTICE_EVERY
     id = f"{refusal}\t{message.user}\t{time.time() // every:.0f}"
     return replace(message, id=id, kind=refusal)
 

@@ -424,9 +424,8 @@ class SQLiteStore(Store):
         try:
             self._writer, self._reader = self._connect(path), self._connect(path)
             self._insist("PRAGMA journal_mode = WAL")
-            with contextlib.suppress(
-                sqlite3.OperationalError
-            ):  # new, or has it already
+            # A file from before limits were kept there lacks it.
+            with contextlib.suppress(sqlite3.OperationalError):
                 self._writer.execute("ALTER TABLE message ADD COLUMN asker TEXT")
             self._writer.executescript(_SCHEMA)
             self._writer.execute("PRAGMA secure_delete = ON")

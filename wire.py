@@ -36,11 +36,10 @@ class Wire:
         self, url: str, threads: int = 64, adapter: type[HTTPAdapter] = HTTPAdapter
     ) -> None:
         self._adapter = adapter(pool_maxsize=threads)
-        settings: dict[str, Any] = {"proxies": {}, "verify": True}
+        settings: Any = {"proxies": {}, "verify": True}
         with suppress(ValueError):  # a broken address is told of when it is called
             session = requests.Session()
-            found = session.merge_environment_settings(url, {}, None, None, None)
-            settings |= found
+            settings = session.merge_environment_settings(url, {}, None, None, None)
         self._proxies, self._verify = settings["proxies"], settings["verify"]
 
     def post(
