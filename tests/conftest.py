@@ -1,0 +1,250 @@
+"""What several files of tests use: fixtures, and helpers that are imported by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from contextlib import closing, suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import providers
+from test_botserver import APPID, STORY, Caller, idle, im, make_app, poll, said_to, sim  # noqa: F401
+
+HERE = Path(__file__).parent.parent  # the root of the project
+
+
+class RedisServer:
+    """A real redis-server of our own."""
+
+    def __init__(self, folder, *options):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.folder, self.options = folder, options
+        self.url = f"redis://:hush-hush@127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(
+            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
+            + ["--dir", str(self.folder), "--requirepass", "hush-hush", "--save", ""]
+            + ["--appendonly", "yes", "--appendfsync", "always", *self.options],
+            stdout=subprocess.DEVNULL,
+        )
+        poll(self.answers)
+
+    def answers(self):
+        assert self.process.poll() is None, "redis-server did not start"
+        return self.cli("ping") == "PONG"
+
+    def cli(self, *words):
+        command = ["redis-cli", "-p", str(self.port), "-a", "hush-hush", *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def send(self, number):
+        self.process.send_signal(number)
+
+    def stop(self):
+        self.send(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+
+
+def redis_or_skip():
+    try:
+        import redis  # noqa: F401
+
+        missing = "" if shutil.which("redis-server") else "redis-server"
+    except ImportError:
+        missing = "the package redis"
+    if missing and os.environ.get("CI") == "true":
+        pytest.fail(f"{missing} is not installed")
+    elif missing:
+        pytest.skip(f"{missing} is not installed")
+
+
+@pytest.fixture
+def redis_server(tmp_path):
+    """A server that a test may stop."""
+    redis_or_skip()
+    server = RedisServer(tmp_path)
+    yield server
+    server.stop()
+
+
+ANSWER = "你好，世界🌏！\u2028用 `<think>` 标签，2 < 3。"
+QUESTION = [{"role": "user", "content": "你好"}]
+AI_KEY = "sk-test-key"
+
+
+def sse(*events, end="data: [DONE]\n\n"):
+    """Return the bytes of a stream; a string among the events is sent as it is."""
+    texts = [
+        event if isinstance(event, str) else f"data: {ai_json(event)}\n\n"
+        for event in events
+    ]
+    return ("".join(texts) + end).encode()
+
+
+def ai_json(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+def delta(text=None, finish=None, **more):
+    said = {} if text is None else {"content": text}
+    return {
+        "choices": [{"index": 0, "delta": {**said, **more}, "finish_reason": finish}]
+    }
+
+
+def message(text, finish="stop", **more):
+    choice = {"index": 0, "message": {"role": "assistant", "content": text, **more}}
+    return {"choices": [{**choice, "finish_reason": finish}]}
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    """Let the tries follow one another at once."""
+    monkeypatch.setattr(providers.random, "uniform", lambda low, high: 0.0)
+
+
+@pytest.fixture
+def ai_socket(monkeypatch):
+    """Return a function that starts a server made of scripts, one for each request.
+
+    A script is bytes to send before the connection is closed, or a function that gets
+    the connection and says whether to keep it.
+    """
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    opened = []
+
+    def start(*scripts, context=None):
+        listener = socket.create_server(("127.0.0.1", 0))
+        scheme, port = "https" if context else "http", listener.getsockname()[1]
+        server = SimpleNamespace(
+            url=f"{scheme}://127.0.0.1:{port}", port=port, heads=[], bodies=[], peers=[]
+        )
+        opened.append(listener)
+        threading.Thread(
+            target=ai_accept,
+            args=(server, listener, scripts, context, opened),
+            daemon=True,
+        ).start()
+        return server
+
+    yield start
+    for item in opened:
+        with suppress(OSError):
+            item.shutdown(socket.SHUT_RDWR)
+        item.close()
+
+
+def ai_accept(server, listener, scripts, context, opened):
+    while True:
+        try:
+            connection, peer = listener.accept()
+        except OSError:
+            return
+        server.peers.append(peer)
+        opened.append(connection)
+        threading.Thread(
+            target=ai_serve, args=(server, connection, scripts, context), daemon=True
+        ).start()
+
+
+def ai_serve(server, connection, scripts, context):
+    with suppress(OSError):
+        if context:
+            connection = context.wrap_socket(connection, server_side=True)
+        with closing(connection), connection.makefile("rb") as reader:
+            while head := b"\n".join(iter(lambda: reader.readline().strip(), b"")):
+                server.heads.append(head.decode())
+                length = head.lower().partition(b"content-length:")[2].split()
+                server.bodies.append(reader.read(int(length[0]) if length else 0))
+                script = scripts[min(len(server.heads), len(scripts)) - 1]
+                if isinstance(script, bytes):
+                    return connection.sendall(script)
+                if not script(connection):
+                    return None
+
+
+# What each family of services sends for ANSWER; made after providers.md.
+HALF = len(ANSWER) // 2
+A, B = ANSWER[:HALF], ANSWER[HALF:]
+USAGE = {"choices": [], "usage": {"total_tokens": 9}}
+BASE = {"base_resp": {"status_code": 0, "status_msg": "ok"}}
+RECORDED = {
+    "minimax": sse(
+        {**delta("", role="assistant", name="MiniMax AI"), **BASE},
+        {**delta(A), **BASE, "input_sensitive": False},
+        delta(B),
+        {**delta(finish="stop"), **BASE},
+        {**USAGE, **BASE},
+    ),
+    "minimax with inline thinking": sse(
+        delta("<think>\n他说你好。"), delta("\n</think>\n\n" + A), delta(B, "stop")
+    ),
+    "minimax, cumulative": sse(
+        delta(A[:2]), delta(A), delta(ANSWER), delta("", "stop")
+    ),
+    "minimax, split thinking": sse(
+        delta(reasoning_content="他说你好", reasoning_details=[{"text": "他说你好"}]),
+        delta(A, reasoning_content="他说你好"),
+        delta(B, "stop"),
+    ),
+    "minimax v2": sse(
+        delta(A),
+        delta(B),
+        {**message(ANSWER), **BASE, "object": "chat.completion"},
+        end="",
+    ),
+    "minimax-completion": ai_json({"reply": ANSWER, **BASE}).encode(),
+    "zhipu": sse(
+        delta("", role="assistant", reasoning_content="想"),
+        delta(A),
+        {**delta(B, "stop"), "usage": {"total_tokens": 9}},
+    ),
+    "deepseek": sse(
+        ": keep-alive\n\n",
+        delta(None, role="assistant", content=None, reasoning_content="想一想"),
+        ": keep-alive\n\n",
+        delta(A),
+        delta(B),
+        delta("", "stop"),
+    ),
+    "deepseek, waiting for its turn": b"\n\n\n" + ai_json(message(ANSWER)).encode(),
+    "openai": sse(
+        delta("", role="assistant"), delta(A), delta(B), delta(None, "stop"), USAGE
+    ),
+    "openrouter": sse(
+        ": OPENROUTER PROCESSING\n\n", delta(A, reasoning="think"), delta(B, "stop")
+    ),
+    "ollama": sse(delta("", reasoning="想"), delta(A), delta(B), delta("", "stop")),
+    "with carriage returns": sse(delta(A), delta(B, "stop")).replace(b"\n", b"\r\n"),
+    "with event and id": sse(
+        "event: message\nid: 1\nretry: 3000\n", delta(A), delta(B), delta("", "stop")
+    ),
+    "without a space": sse(delta(A), delta(B), "data:[DONE]\n\n", end=""),
+    "plain JSON": json.dumps(
+        message(ANSWER, reasoning_content="想"), indent=1
+    ).encode(),
+    "plain JSON without a finish": ai_json(message(ANSWER, None)).encode(),
+    "emoji in two halves": sse(
+        delta(A[: A.index("🌏")]),
+        "".join(
+            'data: {"choices":[{"delta":{"content":"' + half + '"}}]}\n\n'
+            for half in ("\\ud83c", "\\udf0f")
+        ),
+        delta((A + B)[A.index("🌏") + 1 :], "stop"),
+    ),
+}

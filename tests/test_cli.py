@@ -1,0 +1,117 @@
+"""The commands of `flask --app botserver`, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import requests
+
+import usersig
+from conftest import HERE, poll
+from simulator import KEY, BotProcess
+
+
+@pytest.fixture
+def flask(sim, tmp_path):
+    """Return a function that runs a command of `flask --app botserver`."""
+    env = BotProcess(sim, str(tmp_path)).env
+
+    def run(*words, **settings):
+        settings = {name: str(value) for name, value in settings.items()}
+        return subprocess.run(
+            [sys.executable, "-m", "flask", "--app", "botserver", *words],
+            cwd=HERE,
+            env={**env, **settings},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def test_robots_are_made_listed_and_deleted_by_command(sim, flask):
+    done = flask("create-robot", "@RBT#cli", "--nick", "Clio")
+    assert done.returncode == 0 and sim.robots["@RBT#cli"] == "Clio", done.stderr
+    assert flask("robots").stdout.split() == ["@RBT#001", "@RBT#002", "@RBT#cli"]
+    assert flask("delete-robot", "@RBT#cli").returncode == 0
+    assert "@RBT#cli" not in sim.robots
+    done = flask("create-robot", "robot")
+    assert done.returncode == 1
+    assert "must start with @RBT#" in done.stderr and "Traceback" not in done.stderr
+    done = flask("create-robot", "@RBT#x", IM_KEY="wrong")
+    assert done.returncode == 1 and "IM_KEY is not the key" in done.stderr
+
+
+def test_the_ai_can_be_asked_by_command(sim, flask):
+    done = flask("ask", "hello")
+    assert done.stdout.strip() == "You said: hello (question 1 of our chat)"
+    done = flask("ask", "hello", AI_SECRET_KEY="wrong")
+    assert done.returncode == 1
+    assert "HTTP 401" in done.stderr and "2049" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_usersig_is_made_by_command(flask):
+    sig = flask("usersig", "jared", "--expire", "60").stdout.strip()
+    assert usersig.check_user_sig(KEY, sig)["TLS.identifier"] == "jared"
+
+
+def test_what_was_set_aside_is_listed_and_put_back_by_command(sim, flask, tmp_path):
+    sim.fault = lambda command, body: 20003
+    bot = BotProcess(sim, str(tmp_path)).start()
+    try:
+        event = sim.say("jared", "@RBT#001", "hello")
+        health = f"{bot.url}/healthz"
+        poll(lambda: requests.get(health).json()["set_aside"] == 1)
+        done = flask("failed")
+        assert str(event["MsgRandom"]) in done.stdout and "20003" in done.stdout
+        assert done.stdout.startswith("$'@RBT#001\\tjared\\t")
+        sim.fault = lambda command, body: None
+        assert flask("retry").stdout == "1 put back.\n"
+        assert sim.wait(1)[0].text == "You said: hello (question 1 of our chat)"
+    finally:
+        bot.stop()
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
+    done = flask("doctor")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("ok  ") == 5 and "FAIL" not in done.stdout
+    assert "/im" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"IM_SDKAPPID": ""}, "IM_SDKAPPID is missing"),
+        ({"IM_CALLBACK_TOKEN": ""}, "IM_CALLBACK_TOKEN is missing"),
+        ({"IM_CALLBACK_TOKEN": "", "ALLOW_UNSIGNED": 1}, "anybody can spend"),
+        ({"IM_KEY": "wrong"}, "70009"),
+        ({"IM_SDKAPPID": 1400000009}, "70020"),
+        ({"IM_ADMIN": "jared"}, "60010"),
+        ({"IM_API_URL": "http://127.0.0.1:1"}, "no answer (ConnectionError)"),
+        ({"AI_SECRET_KEY": "wrong"}, "2049"),
+        ({"AI_BASE_URL": "http://127.0.0.1:1"}, "ConnectionError"),
+        ({"AI_PROVIDER": "nobody"}, "AI_PROVIDER must be one of"),
+        ({"DATABASE": "/nowhere/bot.db"}, "/nowhere/bot.db cannot be made there"),
+        ({"fault": 60026}, "set IM_API_URL to that region's domain"),
+        ({"fault": 60020}, "the package has expired or is unpaid"),
+        ({"robots": {}}, "there is no robot yet"),
+        ({"skew": 3600}, "this server's clock is"),
+        ({"ROBOTS": "/nowhere.toml"}, "/nowhere.toml, which is not there"),
+    ],
+    ids=str,
+)
+def test_the_doctor_names_the_fault(sim, flask, settings, says):
+    settings = dict(settings)
+    if code := settings.pop("fault", None):
+        sim.fault = lambda command, body: code
+    sim.robots = settings.pop("robots", sim.robots)
+    sim.skew = settings.pop("skew", 0)
+    done = flask("doctor", **settings)
+    assert done.returncode != 0
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
