@@ -1,0 +1,1 @@
+"""The benchmark and the campaign of faults, on the stand-in."""
