@@ -809,7 +809,7 @@ def _check(config: Config, query: Mapping[str, str]) -> None:
         sign, request_time = query.get("Sign", ""), query.get("RequestTime", "")
         check_callback(config.im_callback_token, sign, request_time)
     if query.get("SdkAppid", str(config.im_sdkappid)) != str(config.im_sdkappid):
-        raise BadSignature(403, "SdkAppid is not this server's app")
+        raise BadSignature("SdkAppid is not this server's app")
 
 
 def _messages(

@@ -8,9 +8,8 @@ import sys
 import pytest
 import requests
 
-import usersig
 from conftest import HERE, poll
-from simulator import KEY, BotProcess
+from simulator import KEY, BotProcess, check_user_sig
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def test_the_ai_can_be_asked_by_command(sim, flask):
 
 def test_a_usersig_is_made_by_command(flask):
     sig = flask("usersig", "jared", "--expire", "60").stdout.strip()
-    assert usersig.check_user_sig(KEY, sig)["TLS.identifier"] == "jared"
+    assert check_user_sig(KEY, sig)["TLS.identifier"] == "jared"
 
 
 def test_what_was_set_aside_is_listed_and_put_back_by_command(sim, flask, tmp_path):

@@ -14,7 +14,9 @@ import requests
 import tim
 from botserver import Config
 from conftest import APPID, HERE
-from simulator import KEY, SETTINGS, BotProcess, free_port, text_body
+from simulator import KEY, BotProcess, Refused, check_user_sig, free_port, text_body
+from simulator.__main__ import SETTINGS
+from usersig import gen_user_sig
 
 
 def test_the_stand_in_checks_what_it_is_sent(sim):
@@ -43,9 +45,44 @@ def test_the_stand_in_checks_what_it_is_sent(sim):
         assert caught.value.code == code
 
 
+@pytest.mark.parametrize(
+    "made_by_tencent",
+    [
+        # Python: https://github.com/tencentyun/tls-sig-api-v2-python
+        "eJyrVgrxCdYrSy1SslJQMtIzUNJRAItkpqTmlWSmZUIkKjIT87NK82CSxSnZiQUFmSlAKUMTAyiA"
+        "yqVWFGQWpYJkTE1NjRDiJZm5YFFzNPXFmekgG3zKHM1T9D3LzdODi-OKs8vCqpxcAvydnV2SSv2c"
+        "y03cPcpDnA2SMgu0nUxslWoBHdYzUg__",
+        # Node: https://github.com/tencentyun/tls-sig-api-v2-node
+        "eJyrVgrxCdYrSy1SslIy0jNQ0gHzM1NS80oy0zLBwhWZiflZpXlQqeKU7MSCgswUJStDEwMogMiU"
+        "ZOamKlkZmqOKplYUZBaBxE1NTY3gosWZ6UpWSj5ljuYp*p7l5unBxXnF2WVhVU4uAf7Ozi5JpX7O"
+        "5SbuHuUhzgZJmQXaTia2SrUAohcx8g__",
+    ],
+)
+def test_usersig_of_tencents_libraries_is_accepted(made_by_tencent):
+    fields = check_user_sig(KEY, made_by_tencent, now=1700000000)
+    assert fields["TLS.identifier"] == "xiaojun"
+
+
+@pytest.mark.parametrize(
+    ("sig", "now", "code"),
+    [
+        ("", 1700000000, 70003),
+        ("eJyr", 1700000000, 70003),
+        ("not base64 é", 1700000000, 70003),
+        (gen_user_sig(APPID, KEY, "a", 60, 1700000000)[:80], 0, 70003),
+        (gen_user_sig(APPID, "other", "a", 60, 1700000000), 1700000000, 70009),
+        (gen_user_sig(APPID, KEY, "a", 60, 1700000000), 1700000061, 70001),
+    ],
+)
+def test_a_bad_usersig_is_refused_with_tencents_code(sig, now, code):
+    with pytest.raises(Refused) as caught:
+        check_user_sig(KEY, sig, now)
+    assert caught.value.code == code
+
+
 def test_the_demonstration_shows_questions_and_answers():
     done = subprocess.run(
-        [sys.executable, "simulator.py"],
+        [sys.executable, "-m", "simulator"],
         cwd=HERE,
         capture_output=True,
         text=True,
@@ -74,9 +111,9 @@ def news(url):
 
 
 def demonstration(*arguments):
-    """Start simulator.py, and return it when it has a page, and what it printed."""
+    """Start the demonstration; return it when it has a page, and what it printed."""
     process = subprocess.Popen(
-        [sys.executable, "simulator.py", *arguments],
+        [sys.executable, "-m", "simulator", *arguments],
         cwd=HERE,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -1,0 +1,34 @@
+"""A stand-in for Tencent IM and for an AI service, on this machine, with no account.
+
+    python -m simulator     a bot, a conversation with it, and a chat page
+
+The tests and the benchmark use the same stand-in: real HTTP on loopback, signed
+callbacks, REST calls that are checked as strictly as Tencent documents them, its error
+codes and its de-duplication. Nothing deployed imports this package.
+
+Read messages.py, then tencent.py, ai.py and standin.py, which puts them together.
+"""
+
+from .ai import actor, ai_error
+from .bot import BotProcess, free_port, running
+from .messages import Delivered, c2c_event, text_body
+from .page import PACE
+from .signature import Refused, check_user_sig
+from .standin import Simulator
+from .tencent import KEY
+
+__all__ = [
+    "KEY",
+    "PACE",
+    "BotProcess",
+    "Delivered",
+    "Refused",
+    "Simulator",
+    "actor",
+    "ai_error",
+    "c2c_event",
+    "check_user_sig",
+    "free_port",
+    "running",
+    "text_body",
+]

@@ -1,0 +1,101 @@
+"""The AI's side: an AI service in OpenAI's format that repeats what it is asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .messages import Json
+
+MARKDOWN = """\
+Here is **Markdown** as an AI writes it, with a [link](https://www.tencentcloud.com):
+
+1. Tencent IM calls `POST /im`
+2. the bot keeps the message, then asks the AI
+3. the answer *grows* in the chat
+
+| way | who sees it grow |
+|---|---|
+| `modify` | nearly every client |
+| `custom` | TUIKit, with a stop button |
+
+```python
+print("<script>alert('only text')</script>")
+```"""
+
+
+class AIService:
+    """An AI service, which answers with what `ai_answer` makes of the messages.
+
+    Set `ai_fault` to a function (body) that returns an HTTP status and a body to break
+    an answer, and `break_after` to cut its stream.
+    """
+
+    def __init__(self) -> None:
+        self.ai_key = "stand-in-ai-key"
+        self.ai_requests: list[Json] = []
+        self.ai_ended = 0  # answers of which no more will be sent
+        self.ai_delay = 0.0  # seconds before an answer
+        self.ai_pace = 0.0  # seconds between two chunks of its stream
+        self.break_after = 0  # chunks, after which an answer breaks off
+        self.ai_answer: Callable[[list[Json]], str] = parrot
+        self.ai_fault: Callable[[Json], tuple[int, Json] | None] = lambda body: None
+
+    def complete(self, headers: Any, body: bytes) -> tuple[int, Json]:
+        """Return the status and either an error or {"text": the answer}."""
+        if headers.get("Authorization") != f"Bearer {self.ai_key}":
+            return 401, ai_error("authorized_error", "invalid api key (2049)")
+        asked = json.loads(body)
+        messages = asked.get("messages")
+        if not messages or not all(message.get("content") for message in messages):
+            return 400, ai_error("bad_request_error", "empty content (2013)")
+        self.ai_requests.append(asked)
+        time.sleep(self.ai_delay)
+        if broken := self.ai_fault(asked):
+            return broken
+        text = self.ai_answer(messages)
+        if asked.get("thinking", {}).get("type") != "disabled":
+            text = f"<think>\nI repeat it.\n</think>\n\n{text}"
+        return 200, {"text": text}
+
+    def stream(self, text: str) -> Iterator[bytes]:
+        """Yield an answer as the AI service streams it."""
+        step = max(4, len(text) // 300)
+        for start in range(0, len(text), step):
+            if self.break_after and start >= step * self.break_after:
+                return
+            choice = {"index": 0, "delta": {"content": text[start : start + step]}}
+            yield sse({"object": "chat.completion.chunk", "choices": [choice]})
+            time.sleep(self.ai_pace)
+        yield sse({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        yield b"data: [DONE]\n\n"
+
+
+def sse(data: Json | list[Json]) -> bytes:
+    """Return an event of a stream."""
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+def ai_error(kind: str, message: str) -> Json:
+    """Return an error as MiniMax words it."""
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def parrot(messages: list[Json]) -> str:
+    """Return an answer by which a question can be known, and how much is remembered."""
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    last = asked[-1]
+    if isinstance(last, list):  # with pictures
+        pictures = [part["image_url"]["url"] for part in last[1:]]
+        last = " ".join([last[0]["text"], *pictures])
+    return f"You said: {last} (question {len(asked)} of our chat)"
+
+
+def actor(messages: list[Json]) -> str:
+    """Return Markdown, or much of it, if the question says so; else be a parrot."""
+    asked = str(messages[-1]["content"]).lower()
+    if "long answer" in asked or "长" in asked:
+        return "\n\n".join(f"## Part {n}\n\n{MARKDOWN}" for n in range(1, 25))
+    return MARKDOWN if "markdown" in asked else parrot(messages)

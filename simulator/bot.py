@@ -1,0 +1,119 @@
+"""The bot as the Procfile starts it, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from .standin import Simulator
+
+ROOT = Path(__file__).parent.parent  # where the Procfile is
+
+
+def bot_settings(simulator: Simulator) -> dict[str, str]:
+    """Return the environment that makes a bot of this simulator's app."""
+    return {
+        "IM_SDKAPPID": str(simulator.sdkappid),
+        "IM_KEY": simulator.key,
+        "IM_CALLBACK_TOKEN": simulator.token,
+        "IM_API_URL": simulator.url,
+        "AI_SECRET_KEY": simulator.ai_key,
+        "AI_BASE_URL": f"{simulator.url}/v1",
+    }
+
+
+class BotProcess:
+    """The bot as the Procfile starts it, talking to a simulator."""
+
+    def __init__(self, simulator: Simulator, folder: str, **settings: Any) -> None:
+        self.simulator, self.port = simulator, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = Path(folder, "bot.log")
+        names = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
+        self.env = {name: os.environ[name] for name in names if name in os.environ}
+        self.env["PATH"] = f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}"
+        self.env |= bot_settings(simulator)
+        self.env["DATABASE"] = str(Path(folder, "bot.db"))
+        self.env["GUNICORN_CMD_ARGS"] = f"--bind 127.0.0.1:{self.port}"
+        self.env |= {name: str(value) for name, value in settings.items()}
+        line = ROOT.joinpath("Procfile").read_text().split("web:")[1].splitlines()[0]
+        self.command, self.folder = shlex.split(line), ROOT
+        self.process: subprocess.Popen[bytes] | None = None
+        self.seconds_to_start = 0.0  # until it served
+
+    def launch(self) -> BotProcess:
+        """Start the process and return at once."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    def start(self, timeout: float = 20) -> BotProcess:
+        """Start the process and return when it serves."""
+        began = time.monotonic()
+        self.launch()
+        while time.monotonic() < began + timeout and self.alive():
+            with suppress(requests.RequestException):
+                if requests.get(f"{self.url}/healthz", timeout=2).ok:
+                    self.seconds_to_start = time.monotonic() - began
+                    self.simulator.bot_url = self.url
+                    return self
+            time.sleep(0.02)
+        self.stop(signal.SIGKILL)
+        raise RuntimeError(f"the bot did not start:\n{self.log.read_text()}")
+
+    def restart(self, **settings: str) -> None:
+        """Stop the process and start it with other settings."""
+        self.stop()
+        self.env |= settings
+        self.start()
+
+    def alive(self) -> bool:
+        """Return whether the process runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, timeout: float = 40) -> int:
+        """End the process, its workers too if killed, and return its exit status."""
+        assert self.process
+        if self.alive() and how == signal.SIGKILL:
+            os.killpg(self.process.pid, how)
+        elif self.alive():
+            self.process.send_signal(how)
+        return self.process.wait(timeout)
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(port: int = 0, **settings: Any) -> Iterator[tuple[Simulator, BotProcess]]:
+    """Run a simulator and a bot that belong together."""
+    with Simulator(port=port) as simulator, tempfile.TemporaryDirectory() as folder:
+        simulator.bot = bot = BotProcess(simulator, folder, **settings)
+        try:
+            yield simulator, bot.start()
+        finally:
+            if bot.alive():
+                bot.stop()

@@ -1,0 +1,101 @@
+"""The chat page: what it is told, what its user may do, and the page itself."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import requests
+
+from .ai import ai_error
+from .messages import Json, name_of
+
+if TYPE_CHECKING:
+    from .standin import Simulator
+
+SHOWN = 500  # answers that the page shows
+PACE, SLOW = 0.04, 0.5  # seconds between two chunks of an AI that is watched
+UNSHOWN = {"body", "states", "index"}
+REPLY_MODES = ("whole", "modify", "custom", "stream")
+
+
+def read_page() -> tuple[bytes, dict[str, str]]:
+    """Return page.html, and headers by which it can run nothing but itself."""
+    page = Path(__file__).with_name("page.html").read_text("utf-8")
+    allow = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:"}
+    allow |= dict.fromkeys(("base-uri", "form-action", "frame-ancestors"), "'none'")
+    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        allow[f"{tag}-src"] = f"'sha256-{digest}'"
+    policy = "; ".join(f"{name} {sources}" for name, sources in allow.items())
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store"}
+    return page.encode(), headers
+
+
+def news(simulator: Simulator, seen: dict[str, Json]) -> list[Json]:
+    """Return what is not seen yet, as soon as there is something, or after 10 s."""
+    with simulator.changed:
+        return simulator.changed.wait_for(lambda: _unseen(simulator, seen), 10) or []
+
+
+def _unseen(simulator: Simulator, seen: dict[str, Json]) -> list[Json]:
+    items = [_about(simulator), *simulator.wire]
+    items += [{"id": name_of(event), "event": event} for event in simulator.said]
+    for number, message in list(enumerate(simulator.delivered))[-SHOWN:]:
+        shown = {k: v for k, v in vars(message).items() if k not in UNSHOWN}
+        items.append({"id": f"answer {number}", "answer": number, **shown})
+    return [item for item in items if seen.get(item["id"]) != item]
+
+
+def _about(simulator: Simulator) -> Json:
+    return {
+        "id": "about",
+        "run": f"{id(simulator)} {os.getpid()}",
+        "users": sorted(simulator.users),
+        "robots": dict(simulator.robots),
+        "groups": list(simulator.groups),
+        "bot": simulator.bot_url,
+        "ai": simulator.ai_name,
+        "modes": REPLY_MODES if simulator.bot else (),
+        "mode": simulator.bot.env.get("REPLY_MODE", "whole") if simulator.bot else "",
+        "trouble": dict(simulator.trouble),
+    }
+
+
+def act(simulator: Simulator, wish: Json) -> Json:
+    """Do what the page's user asked for."""
+    with suppress(requests.RequestException):  # the page shows the failed call
+        match wish:
+            case {"say": text, "as": user, "to": to, "robots": robots}:
+                if to in simulator.groups:
+                    simulator.say_in_group(user, to, text, robots)
+                else:
+                    simulator.say(user, to, text)
+            case {"stop": number, "as": user}:
+                simulator.press_stop(simulator.delivered[number], user)
+            case {"deliver": name, "note": note}:
+                [event] = [item for item in simulator.said if name_of(item) == name]
+                wrong: Json = {"Sign": "0" * 64} if note == "forged" else {}
+                simulator.callback(event, note=note, **wrong)
+            case {"trouble": {"ai": ai, "im": im}}:
+                _make_trouble(simulator, ai, im)
+            case {"mode": mode} if simulator.bot and mode in REPLY_MODES:
+                simulator.bot.restart(REPLY_MODE=mode)
+    with simulator.changed:
+        simulator.changed.notify_all()
+    return {}
+
+
+def _make_trouble(simulator: Simulator, ai: str = "", im: str = "") -> None:
+    """Make the AI "slow" or "fail", IM "busy" or "refuse", or end that."""
+    simulator.trouble = {"ai": ai, "im": im}
+    simulator.ai_delay, simulator.ai_pace = (3.0, SLOW) if ai == "slow" else (0.0, PACE)
+    broken = (500, ai_error("api_error", "a failure that was asked for (1000)"))
+    code = {"busy": 90994, "refuse": 80001}.get(im)
+    simulator.ai_fault = lambda body: broken if ai == "fail" else None
+    simulator.fault = lambda command, body: code

@@ -1,0 +1,140 @@
+"""The HTTP server: Tencent's REST API, the AI service and the chat page on one port."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
+
+from . import page
+from .ai import sse
+from .messages import Json
+
+if TYPE_CHECKING:
+    from .standin import Simulator
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, simulator: Simulator, port: int) -> None:
+        self.simulator = simulator
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a caller hung up
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    server: Server
+
+    def do_GET(self) -> None:
+        if not self._is_ours():
+            self._answer(403, {"error": "this page is for 127.0.0.1 only"})
+        elif self.path == "/":
+            self._send(200, "text/html; charset=utf-8", *page.read_page())
+        elif self.path == "/page":
+            self._start(200, "text/event-stream", None)
+            self._tell(self.server.simulator)
+        else:
+            self._answer(404, {"error": "404 page not found"})
+
+    def _tell(self, simulator: Simulator) -> None:
+        """Tell the page what is new; if nothing is, see whether it is still there."""
+        seen: dict[str, Json] = {}
+        while not simulator.closing:
+            items = page.news(simulator, seen)
+            seen |= {item["id"]: item for item in items}
+            self.wfile.write(sse(items))
+            self.wfile.flush()
+            time.sleep(0.05)
+
+    def do_POST(self) -> None:
+        simulator = self.server.simulator
+        size = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(size)
+        if len(body) < size:
+            return  # the caller died
+        url = urlsplit(self.path)
+        is_page = url.path == "/page"
+        if not self._is_ours() if is_page else "Origin" in self.headers:
+            self._answer(403, {"error": "another web page may not do this"})
+        elif is_page:
+            self._answer(200, page.act(simulator, json.loads(body)))
+        elif url.path == "/v1/chat/completions":
+            self._ai(simulator, body)
+        elif url.path.startswith("/v4/"):
+            query = {name: values[0] for name, values in parse_qs(url.query).items()}
+            answer = simulator.rest(url.path, query, body)
+            time.sleep(simulator.im_delay)
+            self._answer(200, answer)
+        else:
+            self._answer(404, {"error": "404 page not found"})
+
+    def _is_ours(self) -> bool:
+        """Return whether no other web page sends this: by its form, or by its DNS."""
+        host = self.headers.get("Host", "")
+        ours = host.split(":")[0] in ("127.0.0.1", "localhost")
+        return ours and self.headers.get("Origin", f"http://{host}") == f"http://{host}"
+
+    def _ai(self, simulator: Simulator, body: bytes) -> None:
+        began = time.time()
+        status, answer = simulator.complete(self.headers, body)
+        asked = json.loads(body)
+        try:
+            if status != 200:
+                self._answer(status, answer)
+            elif asked.get("stream"):
+                self._stream(simulator, answer["text"])
+            else:
+                message = {"role": "assistant", "content": answer["text"]}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                base = {"status_code": 0, "status_msg": ""}
+                self._answer(200, {"choices": [choice], "base_resp": base})
+        finally:
+            simulator.record("AI", began, self.path, asked, status, answer)
+
+    def _stream(self, simulator: Simulator, text: str) -> None:
+        self._start(200, "text/event-stream", {"Transfer-Encoding": "chunked"})
+        try:
+            for piece in simulator.stream(text):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                if simulator.ai_pace:
+                    self.wfile.flush()
+            self.wfile.write(b"0\r\n\r\n")
+        finally:
+            simulator.ai_ended += 1
+
+    def _answer(self, status: int, answer: Json | None) -> None:
+        if answer is None:
+            self.close_connection = True
+        else:
+            self._send(status, "application/json", json.dumps(answer).encode(), {})
+
+    def _send(
+        self, status: int, kind: str, data: bytes, headers: dict[str, str]
+    ) -> None:
+        self._start(status, kind, headers | {"Content-Length": str(len(data))})
+        self.wfile.write(data)
+
+    def _start(self, status: int, kind: str, headers: dict[str, str] | None) -> None:
+        """Begin an answer; without headers, one that ends with the connection."""
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        for name, value in (headers or {"Connection": "close"}).items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string(time.time() + self.server.simulator.skew)
+
+    def log_message(self, *_: Any) -> None:
+        pass

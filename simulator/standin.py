@@ -1,0 +1,157 @@
+"""The stand-in as a whole: Tencent IM, an AI service, and what users do."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+import requests
+
+from usersig import sign_callback
+
+from .ai import AIService
+from .messages import Delivered, Json, c2c_event, group_event
+from .server import Server
+from .tencent import KEY, Tencent
+
+if TYPE_CHECKING:
+    from .bot import BotProcess
+
+KEPT = 500  # callbacks and calls that are remembered
+
+
+class Simulator(Tencent, AIService):
+    """Tencent IM and an AI service on a port of 127.0.0.1; a `with` serves it.
+
+    Callbacks go to the bot at `bot_url`. With none, users' messages are only returned.
+    """
+
+    def __init__(
+        self, sdkappid: int = 1400000000, key: str = KEY, port: int = 0
+    ) -> None:
+        Tencent.__init__(self, sdkappid, key)
+        AIService.__init__(self)
+        self.token = "stand-in-token"
+        self.bot_url = ""
+        self.bot: BotProcess | None = None  # if it is ours
+        self.ai_name = ""  # of the AI service, if it is not ours
+        self.trouble = {"ai": "", "im": ""}  # what the page's user asked for
+        self.said: deque[Json] = deque(maxlen=KEPT)  # callbacks of what users did
+        self.wire: deque[Json] = deque(maxlen=KEPT)  # calls, for the page
+        self.closing = False
+        self._recorded = 0  # calls
+        self._http = requests.Session()
+        self._server = Server(self, port)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Simulator:
+        serve = self._server.serve_forever
+        threading.Thread(target=serve, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
+        self._server.shutdown()
+        self._server.server_close()
+        self._http.close()
+
+    def say(self, user: str, robot: str, text: str, **fields: Any) -> Json:
+        """Write to a robot; return the callback's JSON."""
+        return self._deliver(c2c_event(user, robot, text) | fields)
+
+    def say_in_group(
+        self, user: str, group: str, text: str, robots: list[str], **fields: Any
+    ) -> Json:
+        """Write to a group, mentioning robots; return the callback's JSON."""
+        event = group_event(user, group, self.next_seq(), text, robots)
+        return self._deliver(event | fields)
+
+    def press_stop(self, message: Delivered, user: str) -> Json:
+        """Press TUIKit's stop button; where it has none, write what stops an answer."""
+        if message.chat in self.groups:
+            return self.say_in_group(user, message.chat, "/stop", [message.robot])
+        if message.body["MsgBody"][0]["MsgType"] != "TIMCustomElem":
+            return self.say(user, message.robot, "/stop")
+        button = {"chatbotPlugin": 2, "src": 22, "msgKey": message.key}
+        content = {"Data": json.dumps(button)}
+        body = [{"MsgType": "TIMCustomElem", "MsgContent": content}]
+        return self.say(user, message.robot, "", MsgBody=body)
+
+    def _deliver(self, event: Json) -> Json:
+        with self.changed:
+            self.said.append(event)
+            self.changed.notify_all()
+        if self.bot_url and event.get("AtRobots_Account", True):
+            self.callback(event).raise_for_status()
+        return event
+
+    def callback(
+        self,
+        event: Json,
+        http: requests.Session | None = None,
+        note: str = "delivered",
+        **query: Any,
+    ) -> requests.Response:
+        """Deliver a callback, once more if it was delivered before."""
+        url, began = f"/im?{urlencode(self.signed(event) | query)}", time.time()
+        status, answer = 0, "no answer"
+        try:
+            response = (http or self._http).post(
+                self.bot_url + url, json=event, timeout=10
+            )
+            status, answer = response.status_code, response.text
+            with suppress(ValueError):
+                answer = response.json()
+            return response
+        finally:
+            self.record(note, began, url, event, status, answer)
+
+    def signed(self, event: Json) -> dict[str, str]:
+        """Return the query of a callback, as Tencent signs it."""
+        now = str(int(time.time()))
+        return {
+            "SdkAppid": str(self.sdkappid),
+            "CallbackCommand": str(event.get("CallbackCommand", "")),
+            "contenttype": "json",
+            "ClientIP": "127.0.0.1",
+            "OptPlatform": "RESTAPI",
+            "Sign": sign_callback(self.token, now),
+            "RequestTime": now,
+        }
+
+    def wait(
+        self, count: int, timeout: float = 20, chat: str = "", closed: bool = False
+    ) -> list[Delivered]:
+        """Return what robots sent (to one chat), as soon as it is `count` messages.
+
+        If `closed`, those count that do not grow any more.
+        """
+        end = time.monotonic() + timeout
+        with self.changed:
+            while True:
+                seen = [m for m in self.delivered if m.chat == chat or not chat]
+                if sum(m.closed or not closed for m in seen) >= count:
+                    return seen
+                if not self.changed.wait(max(0.0, end - time.monotonic())):
+                    raise TimeoutError(f"{len(seen)} of {count} messages: {seen}")
+
+    def record(
+        self, kind: str, began: float, url: str, body: Any, status: int, answer: Any
+    ) -> None:
+        """Keep a call ("IM", "AI", or how a callback was sent) without its secrets."""
+        line = "POST " + re.sub("(Sign|usersig)=[^&]*", r"\1=•••", url)
+        began, took = began * 1000, (time.time() - began) * 1000
+        call = {"kind": kind, "time": began, "ms": took, "line": line, "body": body}
+        with self.changed:
+            self._recorded += 1
+            call |= {"id": f"call {self._recorded}", "status": status, "answer": answer}
+            self.wire.append(call)
+            self.changed.notify_all()
