@@ -9,6 +9,7 @@ from typing import Any
 
 from .messages import Json
 
+DONE = b"data: [DONE]\n\n"
 MARKDOWN = """\
 Here is **Markdown** as an AI writes it, with a [link](https://www.tencentcloud.com):
 
@@ -30,7 +31,8 @@ class AIService:
     """An AI service, which answers with what `ai_answer` makes of the messages.
 
     Set `ai_fault` to a function (body) that returns an HTTP status and a body to break
-    an answer, and `break_after` to cut its stream.
+    an answer, and `break_after` to cut it short. An answer in one piece takes as long
+    as its stream would.
     """
 
     def __init__(self) -> None:
@@ -70,7 +72,15 @@ class AIService:
             yield sse({"object": "chat.completion.chunk", "choices": [choice]})
             time.sleep(self.ai_pace)
         yield sse({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        yield b"data: [DONE]\n\n"
+        yield DONE
+
+
+def whole(text: str) -> Json:
+    """Return an answer as the AI service gives it in one piece."""
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    base = {"status_code": 0, "status_msg": ""}
+    return {"choices": [choice], "base_resp": base}
 
 
 def sse(data: Json | list[Json]) -> bytes:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from . import page
-from .ai import sse
+from .ai import DONE, sse, whole
 from .messages import Json
 
 if TYPE_CHECKING:
@@ -95,10 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif asked.get("stream"):
                 self._stream(simulator, answer["text"])
             else:
-                message = {"role": "assistant", "content": answer["text"]}
-                choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                base = {"status_code": 0, "status_msg": ""}
-                self._answer(200, {"choices": [choice], "base_resp": base})
+                self._answer_whole(simulator, answer["text"])
         finally:
             simulator.record("AI", began, self.path, asked, status, answer)
 
@@ -112,6 +111,26 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
         finally:
             simulator.ai_ended += 1
+
+    def _answer_whole(self, simulator: Simulator, text: str) -> None:
+        data, complete = json.dumps(whole(text)).encode(), False
+        try:
+            for piece in simulator.stream(text):
+                complete = piece == DONE
+                if self._is_left():
+                    break
+            self.close_connection = not complete
+            self._start(200, "application/json", {"Content-Length": str(len(data))})
+            self.wfile.write(data if complete else data[: len(data) // 2])
+        finally:
+            simulator.ai_ended += 1
+
+    def _is_left(self) -> bool:
+        """Return whether the caller has hung up."""
+        with suppress(BlockingIOError):
+            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return not self.connection.recv(1, flags)
+        return False
 
     def _answer(self, status: int, answer: Json | None) -> None:
         if answer is None:

@@ -7,13 +7,14 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import requests
 
 import tim
 from botserver import Config
-from conftest import APPID, HERE
+from conftest import APPID, HERE, poll
 from simulator import KEY, BotProcess, Refused, check_user_sig, free_port, text_body
 from simulator.__main__ import SETTINGS
 from usersig import gen_user_sig
@@ -78,6 +79,25 @@ def test_a_bad_usersig_is_refused_with_tencents_code(sig, now, code):
     with pytest.raises(Refused) as caught:
         check_user_sig(KEY, sig, now)
     assert caught.value.code == code
+
+
+def test_an_answer_in_one_piece_takes_as_long_as_a_stream_and_breaks_off_too(sim):
+    url, asked = f"{sim.url}/v1/chat/completions", [{"role": "user", "content": "hi"}]
+    call = {"json": {"messages": asked, "thinking": {"type": "disabled"}}}
+    call["headers"] = {"Authorization": f"Bearer {sim.ai_key}"}
+    sim.ai_pace = 0.02
+    began = time.monotonic()
+    answer = requests.post(url, **call, timeout=10).json()
+    said = answer["choices"][0]["message"]["content"]
+    assert said.startswith("You said: hi")
+    assert time.monotonic() - began > sim.ai_pace * len(said) / 4
+    sim.break_after = 2
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        requests.post(url, **call, timeout=10)
+    sim.break_after, sim.ai_pace = 0, 0.2
+    with pytest.raises(requests.ReadTimeout):
+        requests.post(url, **call, timeout=0.1)  # and that is noticed
+    poll(lambda: sim.ai_ended == 3, timeout=1)
 
 
 def test_the_demonstration_shows_questions_and_answers():
