@@ -3,10 +3,10 @@
     with PostgresServer() as server, PgBouncer(server) as bouncer:
         psycopg.connect(bouncer.url)
 
-Each keeps its files in a temporary folder and serves a free port of 127.0.0.1. It is
-stopped and its files are removed when the `with` ends. PostgreSQL keeps what it has
-confirmed, as it does by default; PostgresServer(**FAST) does not, and is faster.
-Neither program runs as root: for root they run as the user `postgres`.
+Each keeps its files in a temporary folder and, if it is a server, serves a free port
+of 127.0.0.1. It is stopped and its files are removed when the `with` ends. PostgreSQL
+keeps what it has confirmed, as it does by default; PostgresServer(**FAST) does not,
+and is faster. Servers started by root run as the user `postgres`, as they must.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,6 +46,25 @@ def find(name: str) -> str:
     if not path:
         raise NotInstalled(f"{name} is not installed")
     return path
+
+
+class SQLiteFile:
+    """A file for SQLite, which whoever opens it makes."""
+
+    def __enter__(self) -> Self:
+        self._temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.path = Path(self._temporary.name, "bot.db")
+        self.url = f"sqlite:///{self.path}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.cleanup()
+
+    def interrupt(self, seconds: float) -> None:
+        """Lock it for some seconds, as another program may."""
+        with closing(sqlite3.connect(self.path, timeout=10)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            time.sleep(seconds)
 
 
 class _Server:
@@ -146,6 +166,12 @@ class PostgresServer(_Server):
     def stop(self, mode: str = "fast") -> None:
         """End it in order ("fast"), or as a crash does ("immediate")."""
         self._end(MODES[mode])
+
+    def interrupt(self, seconds: float) -> None:
+        """Stop it as a crash does, and start it again after some seconds."""
+        self.stop("immediate")
+        time.sleep(seconds)
+        self.start()
 
     def _prepare(self) -> None:
         super()._prepare()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from contextlib import contextmanager, suppress
 import requests
 
 from .ai import actor
-from .bot import bot_settings, running
+from .bot import bot_settings, interrupt_on_signals, running
 from .page import PACE
 from .standin import Simulator
 
@@ -110,8 +109,7 @@ def main() -> None:
     parser.add_argument("--bot", default="", metavar="URL", help="of a bot elsewhere")
     parser.add_argument("--port", type=int, help="serve here, and stay till Ctrl-C")
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # they end the bot, too
-        signal.signal(number, signal.default_int_handler)
+    interrupt_on_signals()
     stage = demonstration(options.bot, options.port or 0)
     try:
         with suppress(KeyboardInterrupt, EOFError), stage as simulator:

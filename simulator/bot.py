@@ -46,6 +46,7 @@ class BotProcess:
         self.env["PATH"] = f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}"
         self.env |= bot_settings(simulator)
         self.env["DATABASE"] = str(Path(folder, "bot.db"))
+        self.env["DATABASE_URL"] = f"sqlite:///{folder}/bot.db"
         self.env["GUNICORN_CMD_ARGS"] = f"--bind 127.0.0.1:{self.port}"
         self.env |= {name: str(value) for name, value in settings.items()}
         line = ROOT.joinpath("Procfile").read_text().split("web:")[1].splitlines()[0]
@@ -98,6 +99,12 @@ class BotProcess:
         elif self.alive():
             self.process.send_signal(how)
         return self.process.wait(timeout)
+
+
+def interrupt_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this program as Ctrl-C does, and so its bot."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
 
 
 def free_port() -> int:

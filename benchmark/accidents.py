@@ -1,0 +1,90 @@
+"""What the campaign breaks: the bot's processes, its database, the AI and Tencent."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from simulator import BotProcess, Simulator, ai_error
+
+from .stage import Database, workers
+
+AI_FAILS, IM_FAILS = 0.1, 0.05  # shares of all calls
+AI_FAULTS = (
+    (500, ai_error("api_error", "a failure that was asked for (1000)")),
+    (429, ai_error("rate_limit_error", "rate limit (1002)")),
+    (529, ai_error("overloaded_error", "overloaded")),
+    None,  # the answer breaks off
+)
+IM_FAULTS = ("lost", "late", 20004, 60007, 90994, 91000)
+
+
+class Accidents:
+    """What happens to the bot, one after the other, in a random order."""
+
+    def __init__(self, bot: BotProcess, database: Database, seed: int) -> None:
+        self.bot, self.database, self.chance = bot, database, random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.slowest_stop = 0.0
+        self._kinds: dict[str, Callable[[], None]] = {
+            "kill -9 of all": self._kill_all,
+            "kill -9 of a worker": self._kill_worker,
+            "SIGTERM": self._stop,
+            "SIGHUP": self._reload,
+            "no store": self._interrupt_store,
+        }
+        self._next: list[str] = []
+
+    def cause(self) -> str:
+        """Let the next accident happen and return its name."""
+        self._next = self._next or self.chance.sample([*self._kinds], len(self._kinds))
+        name = self._next.pop()
+        self._kinds[name]()
+        self.counts[name] += 1
+        return name
+
+    def _kill_all(self) -> None:
+        self.bot.stop(signal.SIGKILL)
+        self.bot.start()
+
+    def _kill_worker(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.chance.choice(workers(self.bot)), signal.SIGKILL)
+
+    def _stop(self) -> None:
+        began = time.monotonic()
+        self.bot.stop()
+        self.slowest_stop = max(self.slowest_stop, time.monotonic() - began)
+        self.bot.start()
+
+    def _reload(self) -> None:
+        assert self.bot.process
+        self.bot.process.send_signal(signal.SIGHUP)
+
+    def _interrupt_store(self) -> None:
+        self.database.interrupt(self.chance.uniform(1, 4))
+
+
+def break_services(simulator: Simulator, seed: int) -> None:
+    """Make a share of the calls to the AI service and to Tencent IM fail."""
+    chance = random.Random(seed)
+
+    def ai_fault(asked: Any) -> Any:
+        simulator.ai_requests.clear()  # 20,000 with their histories are too many
+        fails = chance.random() < AI_FAILS
+        fault = chance.choice(AI_FAULTS) if fails else None
+        simulator.break_after = chance.randint(1, 9) if fails and not fault else 0
+        return fault
+
+    def im_fault(command: str, body: Any) -> Any:
+        simulator.calls.clear()
+        return chance.choice(IM_FAULTS) if chance.random() < IM_FAILS else None
+
+    simulator.ai_fault, simulator.fault = ai_fault, im_fault
+    simulator.ai_delay = 0.02

@@ -1,0 +1,100 @@
+"""The campaign of faults: 20,000 messages while everything breaks.
+
+    python -m benchmark.faults                      on SQLite
+    python -m benchmark.faults --store postgres     on a PostgreSQL of its own
+    python -m benchmark.faults --seconds 60         for a time
+    python -m benchmark.faults --seed 7             with other accidents
+
+The exit status is 0 if no message was lost, answered twice or out of order, or left
+open. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from contextlib import suppress
+
+import requests
+
+from simulator import BotProcess, Simulator, interrupt_on_signals
+
+from .accidents import Accidents, break_services
+from .judge import judge_all
+from .stage import DATABASES, stage
+from .users import Users
+
+QUIET = 10.0  # seconds between two accidents; three in one answer make it fail
+SETTLE = 120.0  # seconds in which everything must be answered at the end
+MUST_BE_ZERO = ("lost", "twice", "misordered", "left open", "left in the store")
+SETTINGS = {
+    "WEB_CONCURRENCY": 2,
+    "WORKER_THREADS": 64,
+    "RATE_LIMIT": 0,
+    "MAX_WAITING": 10_000,
+    "HISTORY_TURNS": 2,
+    "BOT_LANGUAGE": "en",
+    "LOG_LEVEL": "WARNING",
+}
+
+
+def campaign(store: str, messages: int, seconds: float, seed: int) -> dict[str, int]:
+    """Break everything while users ask; return what came of it."""
+    end, simulator = time.monotonic() + seconds, Simulator()
+    with stage(store, simulator, SETTINGS) as (bot, database):
+        break_services(simulator, seed)
+        accidents = Accidents(bot, database, seed)
+        with Users(simulator) as users:
+            while users.acknowledged() < messages and time.monotonic() < end:
+                users.closing.wait(min(QUIET, end - time.monotonic()))
+                print(f"{users.acknowledged():6} {accidents.cause()}", file=sys.stderr)
+        left = settle(bot)
+        found = judge_all(users.chats, simulator.delivered)
+    return {
+        "sent": users.asked(),
+        "acknowledged": users.acknowledged(),
+        "answered": found["answered"],
+        **{name: found[name] for name in MUST_BE_ZERO},
+        "left in the store": left,
+        **accidents.counts,
+        "slowest answer, s": found["slowest"],
+        "slowest SIGTERM, s": int(accidents.slowest_stop),
+    }
+
+
+def settle(bot: BotProcess) -> int:
+    """Wait for the last answers and return how many messages have none."""
+    end, left = time.monotonic() + SETTLE, -1
+    while left and time.monotonic() < end:
+        time.sleep(0.2)
+        with suppress(requests.RequestException, KeyError):
+            state = requests.get(f"{bot.url}/healthz", timeout=5).json()
+            left = state["waiting"] + state["in_work"] + state["set_aside"]
+    return left
+
+
+def main() -> None:
+    """Run the campaign and print what came of it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.faults", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--store", choices=[*DATABASES], default="sqlite")
+    parser.add_argument("--messages", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=1800, help="of asking at most")
+    parser.add_argument("--seed", type=int, default=random.randrange(1000))
+    options = parser.parse_args()
+    interrupt_on_signals()
+    print(f"faults, store {options.store}, seed {options.seed}")
+    found = campaign(options.store, options.messages, options.seconds, options.seed)
+    for name, count in found.items():
+        print(f"{name:24}{count:8,}")
+    sys.exit(any(found[name] for name in MUST_BE_ZERO))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(1)

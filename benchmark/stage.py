@@ -1,0 +1,73 @@
+"""What the benchmark and the campaign run on: a stand-in, a bot and its database."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from simulator import BotProcess, Simulator
+
+from .databases import PostgresServer, SQLiteFile
+
+Database = SQLiteFile | PostgresServer
+
+MODES = {
+    "@RBT#whole": "whole",
+    "@RBT#modify": "modify",
+    "@RBT#custom": "custom",
+    "@RBT#stream": "stream",
+}
+DATABASES: dict[str, Callable[[], Database]] = {
+    "sqlite": SQLiteFile,
+    # As few connections as the smallest plans of platforms have.
+    "postgres": lambda: PostgresServer(max_connections=20),
+}
+BARE = """
+from flask import Flask
+app = Flask(__name__)
+
+@app.post("/im")
+@app.get("/healthz")
+def view():
+    return {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
+"""
+
+
+@contextmanager
+def stage(
+    store: str, simulator: Simulator, settings: dict[str, Any]
+) -> Iterator[tuple[BotProcess, Database]]:
+    """Run a stand-in, its bot and the bot's database; end them all.
+
+    The store "bare" means a Flask view that does nothing, under the same command.
+    """
+    bare = store == "bare"
+    database = DATABASES["sqlite" if bare else store]()
+    with simulator, database, tempfile.TemporaryDirectory() as folder:
+        robots = Path(folder, "robots.toml")
+        lines = [f'["{name}"]\nreply_mode = "{mode}"\n' for name, mode in MODES.items()]
+        robots.write_text("".join(lines))
+        settings = settings | {"ROBOTS": robots, "DATABASE_URL": database.url}
+        if isinstance(database, SQLiteFile):
+            settings |= {"DATABASE": database.path}
+        bot = BotProcess(simulator, folder, **settings)
+        if bare:
+            Path(folder, "bare.py").write_text(BARE)
+            bot.command[-1], bot.folder = "bare:app", Path(folder)
+        try:
+            yield bot.start(), database
+        finally:
+            if bot.process:
+                bot.stop(signal.SIGKILL)
+
+
+def workers(bot: BotProcess) -> list[int]:
+    """Return the process ids of gunicorn's workers."""
+    assert bot.process
+    pid = bot.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in children.split()]

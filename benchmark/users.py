@@ -1,0 +1,99 @@
+"""The load of the campaign: users who ask one question after the other."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import requests
+
+from simulator import Simulator
+
+from .stage import MODES
+
+USERS, GROUPS, SENDERS = 60, 20, 16
+BACKLOG = 600  # messages not answered yet, at which users hold back
+REDELIVERED = 0.1  # share of the callbacks
+
+
+@dataclass(eq=False)
+class Chat:
+    """One conversation: what was asked in it, and when that was acknowledged."""
+
+    user: str
+    robot: str
+    group: str = ""
+    asked: int = 0
+    acknowledged: dict[int, float] = field(default_factory=dict)
+    again: list[Any] = field(default_factory=list)  # callbacks to deliver once more
+
+
+class Users:
+    """The load: every chat asks one question after the other and counts them.
+
+    A question whose callback brought no 200 is not asked again: it may be answered
+    once or never. Only callbacks that were acknowledged are delivered once more.
+    """
+
+    def __init__(self, simulator: Simulator) -> None:
+        self.simulator, self.closing = simulator, threading.Event()
+        self.chats = [Chat(f"user{n}", robot) for n in range(USERS) for robot in MODES]
+        self.chats += [
+            Chat(f"user{n}", robot, f"@TGS#{n}")
+            for n in range(GROUPS)
+            for robot in MODES
+        ]
+        simulator.users |= {chat.user for chat in self.chats}
+        simulator.groups |= {c.group: {c.user} for c in self.chats if c.group}
+        simulator.robots = dict.fromkeys(MODES, "")
+        self._threads = [
+            threading.Thread(target=self._ask_on, args=(number,), daemon=True)
+            for number in range(SENDERS)
+        ]
+
+    def __enter__(self) -> Users:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        for thread in self._threads:
+            thread.join()
+
+    def asked(self) -> int:
+        """Return how many questions were asked."""
+        return sum(chat.asked for chat in self.chats)
+
+    def acknowledged(self) -> int:
+        """Return how many of them were acknowledged."""
+        return sum(len(chat.acknowledged) for chat in self.chats)
+
+    def _ask_on(self, number: int) -> None:
+        mine, chance = self.chats[number::SENDERS], random.Random(number)
+        while not self.closing.is_set():
+            late = self.acknowledged() - len(self.simulator.delivered) > BACKLOG
+            try:
+                if not late:
+                    self._ask(chance.choice(mine), chance)
+            except requests.RequestException:
+                late = True
+            if late:
+                self.closing.wait(0.1)
+
+    def _ask(self, chat: Chat, chance: random.Random) -> None:
+        chat.asked += 1
+        number, text = chat.asked, f"question [{chat.asked}]"
+        if chat.group:
+            say, place = self.simulator.say_in_group, (chat.user, chat.group)
+            event = say(*place, text, [chat.robot])
+        else:
+            event = self.simulator.say(chat.user, chat.robot, text)
+        chat.acknowledged[number] = time.time()
+        if chance.random() < REDELIVERED:
+            chat.again.append(event)
+        if chat.again and chance.random() < REDELIVERED:
+            self.simulator.callback(chat.again.pop())

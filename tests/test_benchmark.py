@@ -1,0 +1,90 @@
+"""The benchmark: its databases, and that its commands run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer, find
+from conftest import HERE
+
+
+@pytest.fixture
+def postgres():
+    """A PostgreSQL behind a PgBouncer; where one is missing, only CI fails."""
+    psycopg = pytest.importorskip("psycopg")
+    try:
+        find("initdb"), find("pgbouncer")
+    except NotInstalled as error:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(error))
+    return psycopg
+
+
+def ask(psycopg, url, question):
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        cursor = connection.execute(question)
+        return cursor.fetchone()[0] if cursor.description else None
+
+
+def test_a_database_starts_stops_and_leaves_nothing(postgres):
+    with PostgresServer(**FAST, max_connections=20) as server:
+        with PgBouncer(server) as bouncer:
+            assert ask(postgres, server.url, "SHOW fsync") == "off"
+            assert ask(postgres, bouncer.url, "SHOW max_connections") == "20"
+            wrong = server.url.replace(server.password, "wrong")
+            with pytest.raises(postgres.OperationalError, match="password"):
+                ask(postgres, wrong, "SELECT 1")
+            ask(postgres, server.url, "CREATE TABLE kept AS SELECT 7")
+            for mode in ("fast", "immediate"):
+                server.stop(mode)
+                with pytest.raises(postgres.OperationalError):
+                    ask(postgres, server.url, "SELECT 1")
+                server.start()
+            assert ask(postgres, bouncer.url, "SELECT * FROM kept") == 7
+    assert not server.folder.exists() and not bouncer.folder.exists()
+    assert server.process.returncode is not None
+    assert bouncer.process.returncode is not None
+
+
+def test_a_database_is_durable_unless_asked_otherwise(postgres):
+    with PostgresServer() as server:
+        for name in ("fsync", "synchronous_commit", "full_page_writes"):
+            assert ask(postgres, server.url, f"SHOW {name}") == "on"
+
+
+def test_a_database_that_does_not_start_says_why_and_leaves_nothing(postgres):
+    server = PostgresServer(max_connections="many")
+    with pytest.raises(RuntimeError, match='"max_connections": "many"'), server:
+        pass
+    assert not server.folder.exists() and server.process.returncode
+
+
+@pytest.mark.parametrize("module", ["benchmark", "benchmark.faults", "simulator"])
+def test_a_command_says_how_it_is_called(module):
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=20)
+    assert done.stdout.startswith(f"usage: python -m {module} [-h]"), done.stderr
+    assert not done.stderr
+
+
+def test_a_short_campaign_ends_with_zeros():
+    # With this seed the file is locked.
+    words = "-m benchmark.faults --store sqlite --seconds 3 --seed 7"
+    done = subprocess.run(
+        [sys.executable, *words.split()],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    title, *lines = done.stdout.splitlines()
+    assert title == "faults, store sqlite, seed 7"
+    found = {line[:24].strip(): int(line[24:].replace(",", "")) for line in lines}
+    assert found["no store"] == 1
+    assert found["answered"] >= found["acknowledged"] > 100
+    for name in ("lost", "twice", "misordered", "left open", "left in the store"):
+        assert found[name] == 0
