@@ -1,0 +1,213 @@
+"""The store in PostgreSQL, for several machines or a platform without a disk.
+
+    DATABASE_URL=postgresql://user:password@host:5432/name
+
+The verbs and their SQL are those of store.py. Here is what PostgreSQL needs: row locks,
+the server's clock, a pool of few connections, and a limit to every wait. Nothing lives
+in a session, so PgBouncer may stand between in transaction mode. To do without this
+file delete it, its line in STORES and psycopg in requirements.txt.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Generator
+from typing import Any, ClassVar
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
+from psycopg_pool import ConnectionPool, PoolTimeout
+
+from store import SCHEMA, Data, Rows, Step, Store, StoreError
+
+CONNECTIONS = 4  # of one process at the most: the smallest plans allow 20 in all
+POOL_TIMEOUT = 0.6  # seconds to wait for a connection; Tencent waits 2 for an answer
+STEP_TIMEOUT = 1.0  # seconds for a whole transaction
+SCHEMA_LOCK = 1380076593  # names the advisory lock under which tables are made
+# What a server says that will be well later without anybody's help.
+PASSING = (
+    "starting up",
+    "shutting down",
+    "too many",
+    "remaining connection",
+    "recovery",
+)
+PRIVATE_NAMES = (".internal", ".local", ".localhost", ".svc", ".flycast", ".lan")
+
+_DURABILITY = """SELECT reset_val FROM pg_settings
+    WHERE name IN ('fsync', 'synchronous_commit') ORDER BY name"""
+
+logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # StoreError says it better
+
+
+class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
+    """A connection whose waits end at a deadline, also if the server hangs."""
+
+    deadline = math.inf  # time.monotonic()
+
+    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().wait(self._bounded(gen), *args, **kwargs)
+
+    def _bounded(self, gen: Any) -> Generator[Any, Any, Any]:
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if time.monotonic() > self.deadline:
+                    raise psycopg.OperationalError("no answer in time")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            return end.value
+
+
+class PostgresStore(Store):
+    """Store in PostgreSQL, for any number of machines. Its clock counts."""
+
+    dialect: ClassVar = {
+        "serial": "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY",
+        "without_rowid": "",
+        "now": "CAST(extract(epoch FROM clock_timestamp()) AS double precision)",
+        "lock": "FOR UPDATE",
+        "skip_locked": "FOR UPDATE SKIP LOCKED",
+        "each": "SELECT value FROM jsonb_array_elements_text",
+    }
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        named = {n: re.sub(r":(\w+)", r"%(\1)s", s) for n, s in self._sql.items()}
+        self._sql = named | {"durability": _DURABILITY}
+        self._conninfo, self._password = _conninfo(url)
+        # Cursors that put the values in: one message for a whole short transaction.
+        self._options: dict[str, Any] = {
+            "autocommit": True,
+            "prepare_threshold": None,
+            "cursor_factory": psycopg.ClientCursor,
+        }
+        self._pool = ConnectionPool(
+            self._conninfo,
+            connection_class=BoundedConnection,
+            kwargs=self._options,
+            min_size=0,
+            max_size=CONNECTIONS,
+            timeout=POOL_TIMEOUT,
+            reconnect_timeout=1,
+            open=False,
+        )
+        self._schema_lock, self._ready = threading.Lock(), False
+        try:
+            self._make_schema()
+        except psycopg.Error as error:
+            why = self._redacted(error)
+            unreachable = isinstance(error, psycopg.OperationalError) and (
+                "FATAL" not in why and "SSL" not in why
+            )
+            if not unreachable and not any(word in why for word in PASSING):
+                raise StoreError(why) from None
+
+    def _make_schema(self) -> None:
+        """Make the tables, unless they are there; other processes wait meanwhile."""
+        with self._schema_lock:
+            if self._ready:
+                return
+            with BoundedConnection.connect(self._conninfo, **self._options) as first:
+                lock = f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})"
+                schema = SCHEMA.format(**self.dialect)
+                first.execute(f"BEGIN; {lock}; {schema}; COMMIT")
+            self._pool.open()
+            self._ready = True
+
+    def _write(self, step: Step, durable: bool = False, lone: bool = False) -> Any:
+        try:
+            if not self._ready:
+                self._make_schema()
+            try:
+                return self._transact(step, durable, lone)
+            except psycopg.OperationalError as error:
+                # A connection that the server closed while it was idle tells it now.
+                if error.sqlstate or "in time" in str(error):
+                    raise
+                return self._transact(step, durable, lone)
+        except (psycopg.Error, PoolTimeout) as error:
+            raise StoreError(self._redacted(error)) from None
+
+    def _transact(self, step: Step, durable: bool, lone: bool) -> Any:
+        begin = f"BEGIN; SET LOCAL statement_timeout = {STEP_TIMEOUT * 1000:.0f}; "
+        begin += "" if durable else "SET LOCAL synchronous_commit = off; "
+        commit = "; COMMIT" if lone else ""
+
+        def execute(name: str, values: Data) -> Rows:
+            # One message to the server opens the transaction and does the statement.
+            idle = connection.info.transaction_status == TransactionStatus.IDLE
+            sql = (begin if idle else "") + self._sql[name] + commit
+            return _rows(connection.execute(sql, values))
+
+        with self._pool.connection() as connection:
+            connection.deadline = time.monotonic() + STEP_TIMEOUT
+            try:
+                result = step(execute)
+                connection.commit()
+                return result
+            except BaseException:
+                connection.close()  # it may be in the middle of something
+                raise
+
+    def _read(self, name: str, values: Data) -> Rows:
+        return self._write(lambda execute: execute(name, values), lone=True)  # type: ignore[no-any-return]
+
+    def _redacted(self, error: Exception) -> str:
+        text = " ".join(str(error).split())
+        if self._password:
+            text = text.replace(self._password, "***")
+        return f"PostgreSQL cannot be used: {text}"
+
+    def durability(self) -> str:
+        settings = [value for (value,) in self._read("durability", {})]
+        if "off" in settings:
+            raise StoreError(
+                "PostgreSQL has fsync {} and synchronous_commit {}: a power cut can "
+                "lose what was acknowledged".format(*settings)
+            )
+        return "PostgreSQL: on its disk before a callback is acknowledged"
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def _rows(cursor: psycopg.Cursor[tuple[Any, ...]]) -> Rows:
+    """Return the rows of the one statement of several that has some."""
+    rows: Rows = []
+    while True:
+        if cursor.description:
+            rows = cursor.fetchall()
+        if not cursor.nextset():
+            return rows
+
+
+def _conninfo(url: str) -> tuple[str, str]:
+    """Return what libpq wants to know, and the password. TLS is required unless the URL
+    says otherwise or the host is this machine or in a private network."""
+    try:
+        info = conninfo_to_dict(url)
+    except psycopg.Error:  # its text may hold a part of the password
+        raise StoreError(
+            "it is not like postgresql://user:password@host:5432/name"
+        ) from None
+    extra = {"connect_timeout": "2"}
+    if not _is_private(str(info.get("host", ""))):
+        extra["sslmode"] = "require"
+    extra = {name: value for name, value in extra.items() if name not in info}
+    return make_conninfo(url, **extra), str(info.get("password", ""))
+
+
+def _is_private(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+        return address.is_private or address.is_loopback
+    except ValueError:  # a name; one without a dot is of the same network
+        return "." not in host or host.endswith(PRIVATE_NAMES) or host[0] == "/"
