@@ -2,12 +2,12 @@
 
 Tencent calls `POST /im` when somebody writes to a robot account (@RBT#…) or mentions
 one in a group. The message is checked, stored and acknowledged at once; a pool of
-threads asks the AI service and answers as the robot. Read `create_app` for the way in
-and `Bot` for the way out.
+threads asks the AI service and answers as the robot. One message runs through this file
+from top to bottom: `check`, `read_messages`, `Bot.accept`, `Bot.answer`, `Bot.ask`.
 
     gunicorn --worker-class gthread --threads 8 'botserver:create_app()'
 
-Settings come from the environment: see `Config` and README.md.
+Settings come from the environment: see config.py and README.md.
 """
 
 from __future__ import annotations
@@ -16,563 +16,293 @@ import atexit
 import json
 import logging
 import os
-import pkgutil
 import signal
 import sys
 import threading
 import time
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass, field, fields, replace
-from email.utils import parsedate_to_datetime
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pkgutil import resolve_name
+from typing import Any, NamedTuple, TypeVar
 
 import click
-import requests
 from flask import Flask, request
 from werkzeug.exceptions import HTTPException
 
-import providers
+import commands
 import tim
-from providers import PROVIDERS, Call, Provider, ProviderError, Replace
+from commands import TEXTS
+from config import COMMAND_LINE, REPLIES, STORES, Config, ConfigError, Persona, load
+from providers import PROVIDERS, Provider, ProviderError, words
 from replies import PlainReply
-from store import ANY, MINUTE, REMEMBERED, Claim, Store, StoreError, open_store
-from usersig import BadSignature, check_callback, gen_user_sig
+from session import CancelScope, open_session
+from store import MINUTE, NO_LIMIT, Added, Store, StoreError
+from usersig import BadSignature, check_callback
+from workers import InFlight, LeaseLost, Workers
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 OK = {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
 LARGEST_CALLBACK = 1 << 20  # bytes
-PATROL = 0.5  # seconds between two looks at what the store holds for us
-NOTICE_EVERY = 600  # seconds in which a user is told once why messages are refused
-GIVE_UP = 86400  # seconds in which Tencent IM is asked again to take an answer
+NOTICE_EVERY = 600  # seconds in which a chat is told once why messages are refused
+PATIENCE = 86400  # seconds in which Tencent IM is asked again to take an answer
+PATIENCE_WITH_MESSAGE = 120  # the same, if it is this one message that IM refuses
 DRAIN = 20.0  # seconds for answers in work when the server stops
 HISTORY_CHARACTERS = 24_000  # of old turns in one question
 
-REPLIES = {
-    "whole": "replies:PlainReply",
-    "modify": "growing:EditedReply",
-    "custom": "growing:CardReply",
-    "stream": "growing:StreamReply",
-}
-
 Json = dict[str, Any]
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-# Whole messages that are commands, and everything the bot says itself.
-COMMANDS = {
-    "/help": "help",
-    "帮助": "help",
-    "/clear": "clear",
-    "清空": "clear",
-    "/stop": "stop",
-    "停止": "stop",
-}
-TEXTS = {
-    "zh": {
-        "help": "直接发消息给我就行。/clear（清空）忘掉对话，/stop（停止）打断回答。",
-        "clear": "好的，这段对话我已经忘掉了。",
-        "stop": "好的，我停下了。",
-        "stopped": "（已停止）",
-        "unsupported": "这种消息我还看不懂，请发文字给我。",
-        "blind": "图片我还看不懂，请发文字给我。",
-        "stranger": "抱歉，我还不能为你服务，请联系管理员。",
-        "flood": "消息太多了，请等我答完前面的再发。",
-        "rate": "你发得太快了，请过一分钟再试。",
-        "cut": "（回答中断了：{}）",
-        "broken": "（回答中断了，下面重新回答。）",
-        "busy": "AI 服务正忙，请稍后再试。",
-        "slow": "没能及时答完，请换个简单的问法再试。",
-        "quota": "AI 服务的额度已用完，请联系管理员。",
-        "filter": "这个问题我不能回答，请换个话题。",
-        "long": "对话太长了，请发送 /clear 重新开始。",
-        "empty": "这次我没有想出答案，请换个说法再试。",
-        "setup": "AI 服务的设置有误，请联系管理员。",
-    },
-    "en": {
-        "help": "Write to me. /clear: I forget this chat. /stop: I stop the answer.",
-        "clear": "I have forgotten this chat.",
-        "stop": "I have stopped.",
-        "stopped": "(stopped)",
-        "unsupported": "I cannot read this kind of message yet. Please write to me.",
-        "blind": "I cannot see pictures yet. Please write to me.",
-        "stranger": "Sorry, I may not serve you yet. Please ask the administrator.",
-        "flood": "That is a lot. Please wait until I have answered what came before.",
-        "rate": "You are very fast. Please try again in a minute.",
-        "cut": "(The answer was cut: {})",
-        "broken": "(The answer was cut. Here it is again.)",
-        "busy": "The AI service is busy. Please try again in a moment.",
-        "slow": "I could not finish in time. Please ask something simpler.",
-        "quota": "The AI service's quota is used up. Please tell the administrator.",
-        "filter": "I cannot answer this. Please ask something else.",
-        "long": "This chat has become too long. Please send /clear to start again.",
-        "empty": "I found no answer this time. Please ask in other words.",
-        "setup": "The AI service is not set up rightly. Please tell the administrator.",
-    },
-}
-
-
-class ConfigError(Exception):
-    """Settings that are missing or wrong, a sentence each."""
-
-
-def setting(default: Any = MISSING, low: float = 0, **more: Any) -> Any:
-    """Return a field of Config: its default, its least value, its choices."""
-    return field(
-        default=default, repr=not more.get("secret"), metadata={"low": low, **more}
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Persona:
-    """A robot's own settings, from robots.toml; empty ones are the server's."""
-
-    nick: str = ""
-    system_prompt: str = ""
-    provider: str = setting("", choices=tuple(PROVIDERS))
-    model: str = ""
-    reply_mode: str = setting("", choices=tuple(REPLIES))
-
-
-NOBODY = Persona()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Every setting; its name in the environment is the name here in capitals."""
-
-    im_sdkappid: int = setting(low=1)
-    im_key: str = setting(secret=True)
-    im_callback_token: tuple[str, ...] = setting((), secret=True)
-    allow_unsigned: bool = setting(False)
-    im_admin: str = setting("administrator")
-    im_api_url: str = setting("https://console.tim.qq.com")
-    ai_provider: str = setting("minimax", choices=tuple(PROVIDERS))
-    ai_secret_key: str = setting("", secret=True)
-    ai_secret_keys: dict[str, str] = field(default_factory=dict, repr=False)
-    ai_base_url: str = setting("")
-    ai_model: str = setting("")
-    ai_extra_body: dict[str, Any] = field(default_factory=dict)
-    ai_system_prompt: str = setting(
-        "You are a helpful assistant in a chat app. Be brief."
-    )
-    ai_timeout: float = setting(60.0, low=1)  # seconds, for the whole answer
-    reply_mode: str = setting("whole", choices=tuple(REPLIES))
-    worker_threads: int = setting(64, low=1)  # answers in work at once, per process
-    database: str = setting("botserver.db")
-    redis_url: str = setting("", secret=True)
-    retention_days: float = setting(7.0, low=1)
-    history_turns: int = setting(20, high=REMEMBERED)
-    group_memory: str = setting("group", choices=("group", "member"))
-    rate_limit: int = setting(20)  # messages a user a minute; 0 for no limit
-    max_waiting: int = setting(20, low=1)  # messages of one conversation
-    max_backlog: int = setting(10_000, low=1)  # messages in all
-    allow_users: tuple[str, ...] = setting(())
-    allow_groups: tuple[str, ...] = setting(())
-    robots: dict[str, Persona] = field(
-        default_factory=dict, metadata={"file": "robots.toml"}
-    )
-    bot_language: str = setting("zh", choices=tuple(TEXTS))
-    log_level: str = setting("INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
-
-    @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> Config:
-        """Read the environment; raise ConfigError that names all that is wrong."""
-        names = [item.name for item in fields(cls) if item.name != "ai_secret_keys"]
-        texts = {name: env.get(name.upper(), "").strip() for name in names}
-        values, wrong = _read_all(cls, texts, str.upper)
-        keys = {name: env.get(_key_name(name), "").strip() for name in PROVIDERS}
-        values["ai_secret_keys"] = {name: key for name, key in keys.items() if key}
-        if wrong := wrong + _disagreements(values):
-            raise ConfigError("\n".join(["The settings are not complete:", *wrong]))
-        return cls(**values)
-
-
-def _read_all(
-    kind: Any, texts: Mapping[str, Any], spell: Callable[[str], str]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the values for a dataclass's fields, and a sentence for each wrong one."""
-    values, wrong = {}, []
-    for item in fields(kind):
-        text = texts.get(item.name) or item.metadata.get("file", "")
-        try:
-            if text:
-                values[item.name] = _read(text, str(item.type), item.metadata)
-            elif item.default is MISSING and item.default_factory is MISSING:
-                raise ValueError("is missing")
-        except ValueError as error:
-            wrong.append(f"{spell(item.name)} {error}.")
-    return values, wrong
-
-
-def _read(text: Any, kind: str, limits: Mapping[str, Any]) -> Any:
-    if not isinstance(text, str):
-        raise ValueError("must be a text in quotes")
-    if kind == "str" and text not in limits.get("choices", [text]):
-        raise ValueError(f"must be one of: {', '.join(limits['choices'])}")
-    if kind == "bool" and text.lower() not in ("0", "1", "true", "false", "yes", "no"):
-        raise ValueError("must be 0 or 1")
-    readers: dict[str, Callable[[], Any]] = {
-        "str": lambda: text,
-        "bool": lambda: text.lower() in ("1", "true", "yes"),
-        "int": lambda: _read_number(text, int, limits),
-        "float": lambda: _read_number(text, float, limits),
-        "tuple[str, ...]": lambda: tuple(filter(None, map(str.strip, text.split(",")))),
-        "dict[str, Any]": lambda: _read_object(text),
-        "dict[str, Persona]": lambda: _read_robots(text, limits["file"]),
-    }
-    return readers[kind]()
-
-
-def _read_number(
-    text: str, kind: type[int] | type[float], limits: Mapping[str, Any]
-) -> float:
-    low, high = limits["low"], limits.get("high", 2**53)
-    try:
-        number = kind(text)
-    except ValueError:
-        number = -1
-    if not low <= number <= high:
-        most = f" and at most {high}" if "high" in limits else ""
-        raise ValueError(f"must be a number of at least {low}{most}")
-    return number
-
-
-def _read_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError("must be a JSON object")
-    return value
-
-
-def _read_robots(path: str, default: str) -> dict[str, Persona]:
-    try:
-        tables = tomllib.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        if path == default:
-            return {}
-        raise ValueError(f"names {path}, which is not there") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"names {path}, which cannot be read: {error}") from None
-    personas, wrong = {}, []
-    for robot, table in tables.items():
-        if not robot.startswith(tim.ROBOT) or not isinstance(table, dict):
-            wrong.append(f'{robot} is not a robot: write ["{tim.ROBOT}…"]')
-            continue
-        known = {item.name for item in fields(Persona)}
-        wrong += [
-            f"{robot} has an unknown key {name}" for name in table if name not in known
-        ]
-        values, faults = _read_all(Persona, table, lambda name: f"{robot}: {name}")  # noqa: B023
-        wrong += [fault.rstrip(".") for fault in faults]
-        personas[robot] = Persona(**values)
-    if wrong:
-        raise ValueError(f"names {path}, where {'; '.join(wrong)}")
-    return personas
-
-
-def _is_address(text: str) -> bool:
-    try:
-        url = urlsplit(text)
-        return url.scheme in ("https", "http") and bool(url.hostname)
-    except ValueError:
-        return False
-
-
-def _key_name(provider: str) -> str:
-    return f"AI_SECRET_KEY_{provider.upper().replace('-', '_')}"
-
-
-def _disagreements(values: Mapping[str, Any]) -> list[str]:
-    wrong = []
-    if not values.get("im_callback_token") and not values.get("allow_unsigned"):
-        wrong.append(
-            "IM_CALLBACK_TOKEN is missing: without it anybody can spend your AI "
-            "budget. Set ALLOW_UNSIGNED=1 if that is what you want."
-        )
-    name = values.get("ai_provider", "minimax")
-    if not values.get("ai_secret_key") and not PROVIDERS[name].keyless:
-        wrong.append(f"AI_SECRET_KEY is missing: the AI service {name} needs one.")
-    for robot, persona in values.get("robots", {}).items():
-        other = persona.provider not in ("", name)
-        if other and not PROVIDERS[persona.provider].keyless:
-            if persona.provider not in values["ai_secret_keys"]:
-                key = _key_name(persona.provider)
-                wrong.append(f"{key} is missing: {robot} uses {persona.provider}.")
-    for name in ("im_api_url", "ai_base_url"):
-        if not _is_address(values.get(name, "https://x")):
-            wrong.append(f"{name.upper()} must be an address with https:// or http://.")
-    return wrong
 
 
 class Overloaded(Exception):
     """More messages wait than MAX_BACKLOG allows."""
 
 
-class Lost(Exception):
-    """Another process has taken the message over."""
+def check(config: Config, query: Mapping[str, str]) -> None:
+    """Raise BadSignature unless the callback is Tencent's and for our app."""
+    if config.im_callback_token:
+        sign, request_time = query.get("Sign", ""), query.get("RequestTime", "")
+        check_callback(config.im_callback_token, sign, request_time)
+    if query.get("SdkAppid", str(config.im_sdkappid)) != str(config.im_sdkappid):
+        raise BadSignature("SdkAppid is not this server's app")
+
+
+def read_messages(
+    query: Mapping[str, str], body: bytes, nicks: Mapping[str, str]
+) -> list[tim.Message]:
+    """Return the messages to robots in a callback. Raises tim.BadEvent."""
+    try:
+        event = json.loads(body) if body.strip() else {}
+    except (ValueError, RecursionError):
+        raise tim.BadEvent("the body is not JSON") from None
+    if not isinstance(event, dict):
+        raise tim.BadEvent("the body is not a JSON object")
+    name = event.get("CallbackCommand") or query.get("CallbackCommand")
+    return tim.parse(str(name), event, nicks)
+
+
+class Said(NamedTuple):
+    """What is to be sent as the answer to a message; an empty text is not sent."""
+
+    text: str
+    remember: bool = False  # in the memory of the chat
+    failed: bool = False  # it says why there is no answer
 
 
 @dataclass(eq=False)
-class Work:
-    """A claim in the hands of a thread of this process."""
+class Job:
+    """A message that is being answered."""
 
-    claim: Claim
+    work: InFlight
     message: tim.Message
-    call: Call
+    scope: CancelScope  # of the call to the AI
+    progress: Json  # of sending; a process that takes over goes on from there
     reply: PlainReply
     outcome: str = "sent"  # for the log
-    lost: bool = False
 
 
 class Bot:
-    """Answers what waits in the store, with a pool of threads that starts on demand."""
+    """Accepts messages, and answers them in the threads of its Workers."""
 
     def __init__(self, config: Config, store: Store, im: tim.Client) -> None:
         self.config, self.store, self.im = config, store, im
         self.texts = TEXTS[config.bot_language]
+        self.shared_memory = config.group_memory == "group"
+        retention = config.retention_days * 86400
+        self.workers = Workers(store, self.answer, config.worker_threads, retention)
         self._providers: dict[Persona, Provider] = {}
-        self._lock = threading.Lock()  # guards _work and the three counts
-        self._wake_up = threading.Condition(self._lock)  # a thread may be wanted
-        self._done = threading.Condition(self._lock)  # an answer has ended
-        self._work: set[Work] = set()
-        self._threads = self._idle = self._wanted = 0
-        self._closing, self._closed = threading.Event(), threading.Event()
-        self._waiting = 0.0  # messages in the store, as the patrol last saw it
-        self._store_down = False
-        self._owed: list[Claim] = []  # to be released when the store works again
-        self.leaving = False  # claim no more
-        self._patrol = threading.Thread(target=self._walk, daemon=True)
-
-    def start(self) -> None:
-        """Begin to answer: first what an earlier process left behind."""
-        self._patrol.start()
-
-    def persona(self, robot: str) -> Persona:
-        """Return what is set for a robot."""
-        return self.config.robots.get(robot, NOBODY)
 
     def provider(self, robot: str) -> Provider:
         """Return the AI service of a robot."""
-        persona = self.persona(robot)
+        persona = self.config.persona(robot)
         if persona not in self._providers:
             self._providers[persona] = make_provider(self.config, persona)
         return self._providers[persona]
 
     def accept(self, message: tim.Message) -> None:
-        """Store a message and wake a thread for it. Raises StoreError, Overloaded.
-
-        A stop and a refusal do not wait behind the answers of their conversation: they
-        stand in a conversation of their own.
-        """
-        if self._waiting >= self.config.max_backlog:
+        """Store a message and wake a thread for it. Raises StoreError, Overloaded."""
+        if self.workers.backlog >= self.config.max_backlog:
             raise Overloaded
-        conversation = message.conversation(self.config.group_memory == "member")
-        stop = message.kind == "stop" or command(message) == "stop"
-        lane = f"{conversation}\tstop" if stop else conversation
-        refusal = self._keep_question(message, lane)
-        if refusal == "known":
-            return
-        if refusal:
-            lane, stop = f"{conversation}\tnotice", False
-            notice = _notice(message, refusal)
-            if not self.store.add(notice.id, lane, notice.data()):
-                return
-        self._waiting += 1
-        if stop:
-            self.store.request_stop(conversation)
-            self._stop_requested()
-        self._wake(1)
+        chat = message.conversation(per_member=not self.shared_memory)
+        if not self._allows(message):
+            self._refuse(message, chat, "not_allowed")
+        elif commands.is_stop(message):
+            self._stop(message, chat)
+        else:
+            room, rate = self.config.max_waiting, self.config.rate_limit or NO_LIMIT
+            data, asker = message.data(), message.user
+            added = self.store.add(message.id, chat, data, asker, room, rate)
+            if added in (Added.QUEUE_FULL, Added.RATE_LIMITED):
+                self._refuse(message, chat, added)
+            self._wake(added)
 
-    def _keep_question(self, message: tim.Message, lane: str) -> str:
-        """Store a message; return "", or why not: "known" or a key of TEXTS."""
+    def _allows(self, message: tim.Message) -> bool:
         users, groups = self.config.allow_users, self.config.allow_groups
-        if users and message.user not in users:
-            return "stranger"
-        if groups and message.group and message.group not in groups:
-            return "stranger"
-        asker = "" if command(message) or message.kind == "stop" else message.user
-        room, rate = self.config.max_waiting, self.config.rate_limit or ANY
-        while not self.store.add(message.id, lane, message.data(), asker, room, rate):
-            known, waiting, asked = self.store.look_up(message.id, lane, asker)
-            if known or waiting >= room or asked >= rate:
-                return "known" if known else "flood" if waiting >= room else "rate"
-        return ""
+        known_user = not users or message.user in users
+        return known_user and (not groups or message.group in ("", *groups))
 
-    def _wake(self, count: int) -> None:
-        most = self.config.worker_threads
-        with self._lock:
-            self._wanted = min(self._wanted + count, most)
-            missing = min(self._wanted - self._idle, most - self._threads)
-            with suppress(RuntimeError):  # no more threads: the patrol tries again
-                for _ in range(0 if self._closing.is_set() else missing):
-                    threading.Thread(target=self._run, daemon=True).start()
-                    self._threads += 1
-            self._wake_up.notify(count)
+    def _refuse(self, message: tim.Message, chat: str, reason: str) -> None:
+        """Tell a chat why messages are refused, unless it was told lately.
 
-    def _run(self) -> None:
-        """Be a thread of the pool."""
-        while not self._closing.is_set():
-            with self._lock:
-                self._idle += 1
-                self._wake_up.wait_for(lambda: self._wanted or self._closing.is_set())
-                self._idle -= 1
-                self._wanted -= 1
-            while claim := self._claim():
-                self._answer(claim)
+        The answer is there already, and does not wait behind those of the chat.
+        """
+        every = MINUTE if reason == Added.RATE_LIMITED else NOTICE_EVERY
+        place = (message.robot, message.group or message.user)
+        id = "\t".join((reason, *place, f"{time.time() // every:.0f}"))
+        chat, data, text = f"{chat}\tnotice", message.data(), self.texts[reason]
+        self._wake(self.store.add(id, chat, data, reply=text))
 
-    def _claim(self) -> Claim | None:
+    def _stop(self, message: tim.Message, chat: str) -> None:
+        """Stop the answer of a chat. The confirmation does not wait behind it."""
+        text = "" if message.kind == "stop" else self.texts["stop"]
+        data, beside = message.data(), f"{chat}\tstop"
+        added = self.store.add(message.id, beside, data, reply=text)
+        if added == Added.NEW:
+            self.workers.cancel(chat)
+        self._wake(added)
+
+    def _wake(self, added: Added) -> None:
+        if added == Added.NEW:
+            self.workers.backlog += 1
+            self.workers.wake()
+
+    def answer(self, work: InFlight) -> None:
+        """Answer a message that a thread of the pool has claimed.
+
+        Raises LeaseLost, StoreError; the pool gives the message back then.
+        """
+        job, began = self._begin(work), time.monotonic()
         try:
-            stop = self.leaving or self._closing.is_set()
-            return None if stop else self.store.claim()
-        except StoreError as error:
-            self._store_failed(error)
-        except Exception:
-            logger.exception("a claim cannot be read")
-        return None
-
-    def _answer(self, claim: Claim) -> None:
-        """Answer one message, whatever happens."""
-        try:
-            work = self._begin(claim)
-            try:
-                self._ask_and_send(work)
-            finally:
-                with self._lock:
-                    self._work.discard(work)
-                    self._done.notify_all()
+            if work.claim.spent:
+                return self._give_up(job, "its work was cut short too often")
+            said = self._saved(job) or self._say(job)
+            asked = time.monotonic()
+            if said.text:
+                job.reply.close(said.text, said.failed)
         except tim.IMError as error:
-            self._not_sent(claim, error)
-        except StoreError as error:  # not the message's fault: it goes on soon
-            self._store_failed(error)
-            self._owed.append(claim)
-        except Lost:
-            logger.warning("%s is in other hands now", claim.id)
-        except Exception:
-            logger.exception("%s failed", claim.id)
-            self._try_store(self.store.release, claim, 1.0, True)
-
-    def _begin(self, claim: Claim) -> Work:
-        message, call = read_message(claim.data), Call(self.config.ai_timeout)
-        mode = self.persona(message.robot).reply_mode or self.config.reply_mode
-        reply = pkgutil.resolve_name(REPLIES[mode])(
-            self.im,
-            message,
-            claim.seq,
-            claim.progress,
-            lambda progress: self._keep(claim, None, progress),
-            self.texts["broken"],
-        )
-        work = Work(claim, message, call, reply)
-        with self._lock:
-            self._work.add(work)
-        return work
-
-    def _keep(
-        self, claim: Claim, reply: str | None, progress: Json, remember: bool = True
-    ) -> None:
-        if not self.store.keep(claim, reply, remember, progress):
-            raise Lost
-
-    def _ask_and_send(self, work: Work) -> None:
-        claim, screen, began = work.claim, work.reply, time.monotonic()
-        reply = claim.reply
-        if reply is None:
-            reply, remember = self._own_words(work), False
-            if reply is None:
-                work.outcome = "answered"
-                screen.open()
-                reply, remember = self._ask(work)
-            self._keep(claim, reply, screen.progress, remember)
-        asked = time.monotonic()
-        if reply:
-            screen.close(reply, bool(screen.progress.get("failed")))
-        sent = time.monotonic()
-        self.store.finish(claim)
+            return self._not_sent(job, error)
+        # It is sent: if the store is away now, it must not be sent again.
+        self.workers.when_store_works(self.store.finish, work.claim)
         logger.info(
             "%s: %s, ai %.0f ms, im %.0f ms, %d parts, %s",
-            claim.id,
-            work.outcome,
+            work.claim.id,
+            job.outcome,
             (asked - began) * 1000,
-            (sent - asked) * 1000,
-            screen.parts,
-            self.persona(work.message.robot).provider or self.config.ai_provider,
+            (time.monotonic() - asked) * 1000,
+            job.reply.parts,
+            self.config.persona(job.message.robot).provider or self.config.ai_provider,
         )
 
-    def _own_words(self, work: Work) -> str | None:
-        """Return what the bot itself says; "" for nothing, None to ask the AI."""
-        message, texts = work.message, self.texts
-        if message.kind == "stop":
-            return ""
-        if message.kind != "question":
-            return texts[message.kind]
-        if name := command(message):
-            if name == "clear":
-                self.store.forget(work.claim.conversation)
-            return texts[name]
+    def _begin(self, work: InFlight) -> Job:
+        message, progress = read_message(work.claim.data), dict(work.claim.progress)
+        mode = self.config.persona(message.robot).reply_mode or self.config.reply_mode
+        reply: PlainReply = load(REPLIES, mode)(
+            self.im,
+            message,
+            work.claim.seq,
+            progress,
+            partial(self._save, work, None),
+            self.texts["replaced"],
+        )
+        scope = CancelScope(self.config.ai_timeout)
+        work.cancel, work.tick = scope.cancel, partial(self._keep_alive, reply)
+        return Job(work, message, scope, progress, reply)
+
+    def _save(
+        self, work: InFlight, text: str | None, progress: Json, remember: bool = False
+    ) -> None:
+        if not self.store.save_reply(work.claim, text, progress, remember):
+            raise LeaseLost
+
+    def _keep_alive(self, reply: PlainReply) -> None:
+        if time.monotonic() - reply.last_sent > reply.keep_alive_after:
+            self.workers.in_background(reply.keep_alive)
+
+    def _saved(self, job: Job) -> Said | None:
+        """Return the answer that was saved before, perhaps by a process now dead."""
+        text = job.work.claim.reply
+        failed = bool(job.progress.get("failed"))
+        return None if text is None else Said(text, failed=failed)
+
+    def _say(self, job: Job) -> Said:
+        """Return the answer, saved: a restart sends it, and does not pay for it again.
+
+        Raises tim.IMError if the reply cannot be opened.
+        """
+        if builtin := self._builtin_reply(job):
+            said = Said(builtin)
+        else:
+            job.reply.open()
+            said = self.ask(job)
+        if said.failed:
+            job.progress["failed"] = True
+        remember = said.remember and self.config.history_turns > 0
+        self._save(job.work, said.text, job.progress, remember)
+        return said
+
+    def _builtin_reply(self, job: Job) -> str:
+        """Return what the bot itself says; "" to ask the AI."""
+        message = job.message
+        if message.kind == "unsupported":
+            return self.texts["unsupported"]
+        if found := commands.find(message):
+            command, argument = found
+            shared = bool(message.group) and self.shared_memory
+            language, chat = self.config.bot_language, job.work.claim.conversation
+            where = commands.Chat(message, chat, self.store, language, shared)
+            return command.run(where, argument)
         readable = message.text or self.provider(message.robot).service.images
-        return None if readable else texts["blind"]
+        return "" if readable else self.texts["no_vision"]
 
-    def _ask(self, work: Work) -> tuple[str, bool]:
-        """Return what to answer, and whether it belongs into the memory of the chat."""
-        screen, text, shown = work.reply, "", 0.0
-        provider = self.provider(work.message.robot)
-        chat = self._chat(work, provider)
-        chunks = provider.chat(chat, work.call, not screen.update_interval)
+    def ask(self, job: Job) -> Said:
+        """Return the AI's answer, shown while it grows, or why there is none."""
+        job.outcome, text = "answered", ""
+        provider = self.provider(job.message.robot)
+        chat = self._chat(job, provider)
         try:
-            for chunk in chunks:
-                text = chunk if isinstance(chunk, Replace) else text + chunk
-                gap = screen.update_interval
-                if gap and time.monotonic() - shown >= gap:
-                    screen.update(text)
-                    shown = time.monotonic()
-            return text, self.config.history_turns > 0
+            for text in provider.chat(chat, job.scope, job.reply.update_interval):
+                job.reply.update(text)
+            return Said(text, remember=True)
         except ProviderError as error:
-            if work.lost:
-                raise Lost from None
-            stopped = error.kind == "stopped"
-            remember = stopped and bool(text) and self.config.history_turns > 0
-            return self._ask_failed(work, error, text, chat), remember
+            if job.work.lost:
+                raise LeaseLost from None
+            return self._cut(job, error, text, chat)
 
-    def _ask_failed(
-        self, work: Work, error: ProviderError, text: str, chat: list[Json]
-    ) -> str:
+    def _cut(self, job: Job, error: ProviderError, text: str, chat: list[Json]) -> Said:
         """Return what to show instead of an answer, or after half of one."""
-        work.outcome = error.kind
-        why = self.texts.get(error.kind, self.texts["busy"])
-        if error.kind != "stopped":
-            details = _without_quotes(str(error), chat)
-            logger.warning("no answer for %s: %s", work.claim.id, details)
-            work.claim.progress.update({} if text else {"failed": True})
-            why = self.texts["cut"].format(why) if text else why
-        return f"{text}\n\n{why}" if text else why
+        job.outcome, why = error.kind, self.texts.get(error.kind, self.texts["busy"])
+        if error.kind in ("stopped", "length"):
+            return Said(f"{text}\n\n{why}".strip(), remember=bool(text))
+        details = redact(str(error), chat)
+        logger.warning("no answer for %s: %s", job.work.claim.id, details)
+        if not text:
+            return Said(why, failed=True)
+        return Said(f"{text}\n\n{self.texts['cut'].format(why)}")
 
-    def _chat(self, work: Work, provider: Provider) -> list[Json]:
+    def _chat(self, job: Job, provider: Provider) -> list[Json]:
         """Return the question as the AI service gets it: prompt, old turns, new one."""
-        message = work.message
+        message, chat = job.message, job.work.claim.conversation
         turns = [{"role": "user", "content": self._question(message, provider)}]
-        room, most = HISTORY_CHARACTERS, self.config.history_turns
-        for data, reply in self.store.history(work.claim.conversation, most)[::-1]:
+        room = HISTORY_CHARACTERS
+        for data, reply in self.store.history(chat, self.config.history_turns)[::-1]:
             asked = self._spoken(read_message(data))
             room -= len(asked) + len(reply)
             if room < 0:
                 break
             turns.append({"role": "assistant", "content": reply})
             turns.append({"role": "user", "content": asked})
-        prompt = self.persona(message.robot).system_prompt
+        prompt = self.config.persona(message.robot).system_prompt
         prompt = prompt or self.config.ai_system_prompt
         return [*turns, {"role": "system", "content": prompt}][::-1]
 
     def _spoken(self, message: tim.Message) -> str:
-        """Return a question as a line of the chat; in a group it says who asked."""
+        """Return a question as a turn of the chat. In a group its first line says who
+        asked; the others are indented, so that none looks like another member's."""
         text = message.text or "[image]"
-        shared = message.group and self.config.group_memory == "group"
-        return f"{message.user}: {text}" if shared else text
+        if not (message.group and self.shared_memory):
+            return text
+        return f"{message.user}: {text}".replace("\n", "\n    ")
 
     def _question(self, message: tim.Message, provider: Provider) -> Any:
         text = self._spoken(message)
@@ -581,103 +311,57 @@ class Bot:
         urls = [{"type": "image_url", "image_url": {"url": u}} for u in message.images]
         return [{"type": "text", "text": text}, *urls]
 
-    def _not_sent(self, claim: Claim, error: tim.IMError) -> None:
-        if error.retry and time.time() - claim.accepted < GIVE_UP:
-            delay = min(60.0, max(1.0, time.time() - claim.accepted))
-            logger.warning("%s; trying again in %.0f s: %s", claim.id, delay, error)
-            self._try_store(self.store.release, claim, delay)
-        else:
-            self._try_store(self.store.set_aside, claim, str(error))
+    def _not_sent(self, job: Job, error: tim.IMError) -> None:
+        """Send an answer later that IM did not take, or give it up."""
+        claim, now = job.work.claim, time.time()
+        since = max(job.progress.setdefault("failing_since", now), claim.accepted)
+        patience = PATIENCE_WITH_MESSAGE if error.about_message else PATIENCE
+        if not error.retry or now - since > patience:
+            return self._give_up(job, str(error))
+        delay = min(60.0, max(1.0, now - since))
+        logger.warning("%s; trying again in %.0f s: %s", claim.id, delay, error)
+        self._save(job.work, None, job.progress)
+        self.workers.when_store_works(self.store.release, claim, delay)
 
-    def _try_store(self, verb: Callable[..., Any], *values: Any) -> None:
+    def _give_up(self, job: Job, reason: str) -> None:
+        """Tell the user that no answer comes, and leave the message to the operator."""
         try:
-            verb(*values)
-        except StoreError as error:
-            self._store_failed(error)
-
-    def _store_failed(self, error: StoreError) -> None:
-        if not self._store_down:
-            logger.error("%s", error)
-        self._store_down = True
-
-    def _walk(self) -> None:
-        """Patrol: renew our claims, and wake threads for what others left behind."""
-        round = 0
-        while not self._closed.wait(PATROL if round else 0):
-            try:
-                self._look(round)
-            except StoreError as error:
-                self._store_failed(error)
-            except Exception:
-                logger.exception("the patrol stumbled")
-            round += 1
-
-    def _look(self, round: int) -> None:
-        if round % 4 == 0:
-            self._renew()
-        if round % 7200 == 0:
-            seconds = self.config.retention_days * 86400
-            self._aside(self._try_store, self.store.prune, seconds)
-        while self._owed:
-            self.store.release(self._owed[0], 1.0)
-            self._owed.pop(0)
-        self._stop_requested()
-        self._waiting = self.store.stats()["waiting"]
-        self._wake(self.store.due(self.config.worker_threads))
-        for work in self._at_work():
-            if time.monotonic() - work.reply.last_sent > work.reply.keep_alive_after:
-                self._aside(work.reply.keep_alive)
-        if self._store_down:
-            logger.warning("the store works again")
-        self._store_down = False
-
-    @staticmethod
-    def _aside(act: Callable[..., None], *values: Any) -> None:
-        """Do what may take long without holding up the patrol."""
-        threading.Thread(target=act, args=values, daemon=True).start()
-
-    def _at_work(self) -> list[Work]:
-        with self._lock:
-            return list(self._work)
-
-    def _renew(self) -> None:
-        works = {work.claim: work for work in self._at_work()}
-        for claim in self.store.renew(works) if works else []:
-            works[claim].lost = True
-            works[claim].call.stop()
-
-    def _stop_requested(self) -> None:
-        works = {work.claim: work for work in self._at_work()}
-        for claim in self.store.stops(works) if works else []:
-            works[claim].call.stop()
+            job.reply.give_up(self.texts["undeliverable"])
+        except tim.IMError as error:
+            logger.warning("%s: the user is not told: %s", job.work.claim.id, error)
+        self.workers.when_store_works(self.store.fail, job.work.claim, reason)
 
     def close(self, drain: float = DRAIN) -> None:
-        """Claim no more, finish what `drain` seconds allow, release the rest."""
-        with self._lock:
-            if self._closing.is_set():
-                return
-            self._closing.set()
-            self._wake_up.notify_all()
-            self._done.wait_for(lambda: not self._work, drain)
-            left = list(self._work)
-        for work in left:
-            work.lost = True
-            self._try_store(self.store.release, work.claim, 0.0)
-            work.call.stop()
-        self._closed.set()
-        logger.info("stopped; %d messages were left to others", len(left))
+        """Finish what `drain` seconds allow; leave the rest to the next process."""
+        self.workers.close(drain)
+
+
+def read_message(data: Json) -> tim.Message:
+    """Return the message that the store kept as `data`."""
+    return tim.Message(**data | {"images": tuple(data["images"])})
+
+
+def redact(details: str, chat: list[Json]) -> str:
+    """Return an error's details for the log, in short if they repeat what was said."""
+    said = [words(turn) for turn in chat if turn["role"] != "system"]
+    told, all_said = details.encode(), "\n".join(said).encode()
+    pieces = (told[start : start + 12] for start in range(len(told) - 11))
+    quotes = any(piece in all_said for piece in pieces)
+    if quotes or any(len(text) > 2 and text in details for text in said):
+        return f"{details.split(': ')[0]}: (it repeats the chat)"
+    return details
 
 
 def make_provider(config: Config, persona: Persona) -> Provider:
     """Return the AI service of a persona, with the key that is set for it."""
     name = persona.provider or config.ai_provider
-    service, url, threads = PROVIDERS[name], "", config.worker_threads
-    key, model, extra = config.ai_secret_keys.get(name, ""), persona.model, {}
+    service, url, extra = PROVIDERS[name], "", {}
+    key, model = config.ai_secret_keys.get(name, ""), persona.model
     if name == config.ai_provider:
         key, url, extra = config.ai_secret_key, config.ai_base_url, config.ai_extra_body
         model = model or config.ai_model
-    wire = providers.open_wire(url or service.url, threads)
-    return Provider(service, key, url, model, extra, wire)
+    session = open_session(url or service.url, config.worker_threads)
+    return Provider(service, key, url, model, extra, session)
 
 
 def make_client(config: Config) -> tim.Client:
@@ -691,311 +375,121 @@ def make_client(config: Config) -> tim.Client:
     )
 
 
-def _without_quotes(details: str, chat: list[Json]) -> str:
-    """Return an error's details for the log, in short if they repeat what was said."""
-    said = [providers.words(turn) for turn in chat if turn["role"] != "system"]
-    told, all_said = details.encode(), "\n".join(said).encode()
-    pieces = (told[start : start + 12] for start in range(len(told) - 11))
-    quotes = any(piece in all_said for piece in pieces)
-    if quotes or any(len(words) > 2 and words in details for words in said):
-        return f"{details.split(': ')[0]}: (it repeats the chat)"
-    return details
+def open_store(config: Config) -> Store:
+    """Return the store of DATABASE_URL. Raises ConfigError."""
+    try:
+        store = load(STORES, config.database_url.partition(":")[0])
+        return store(config.database_url)  # type: ignore[no-any-return]
+    except StoreError as error:
+        raise ConfigError(f"DATABASE_URL: {error}.") from None
 
 
-def _notice(message: tim.Message, refusal: str) -> tim.Message:
-    """Return what is stored instead of a message that is refused. By its id the store
-    knows that this user was told already."""
-    every = MINUTE if refusal == "rate" else NOTICE_EVERY
-    id = f"{refusal}\t{message.user}\t{time.time() // every:.0f}"
-    return replace(message, id=id, kind=refusal)
-
-
-def read_message(data: Json) -> tim.Message:
-    """Return the message that the store kept as `data`."""
-    return tim.Message(**data | {"images": tuple(data["images"])})
-
-
-def command(message: tim.Message) -> str:
-    """Return which command a message is, or ""."""
-    return COMMANDS.get(message.text.lower(), "") if message.kind == "question" else ""
+def or_exit(make: Callable[[], T]) -> T:
+    """Return what `make` makes; if the settings are wrong, say so and exit."""
+    try:
+        return make()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(3)  # by which gunicorn knows not to start the worker again
 
 
 def create_app(config: Config | None = None) -> Flask:
     """Return the WSGI app, its bot at work; the environment has the settings."""
     app = Flask(__name__)
-    for verb in CLI:
-        app.cli.add_command(verb)
+    app.config["MAX_CONTENT_LENGTH"] = LARGEST_CALLBACK
     context = click.get_current_context(silent=True)
+    if context:
+        for name in COMMAND_LINE:
+            for command in resolve_name(name):
+                app.cli.add_command(command)
     if context and context.info_name != "run":
         return app  # a command of `flask` makes what it needs
-    config = config or _config_or_exit()
-    logging.basicConfig(
-        level=config.log_level,
-        stream=sys.stdout,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
-    for name in ("urllib3", "werkzeug"):  # they log URLs, with UserSig and Sign
-        logging.getLogger(name).setLevel(logging.WARNING)
-    nicks = {robot: persona.nick for robot, persona in config.robots.items()}
-    bot = Bot(config, _open_store_or_exit(config), make_client(config))
-    bot.start()
+    config = config or or_exit(Config.from_env)
+    set_up_logging(config.log_level)
+    bot = Bot(config, or_exit(partial(open_store, config)), make_client(config))
+    app.extensions["bot"] = bot
+    add_routes(app, bot)
+    leave_on_sigterm(bot)
     atexit.register(bot.close)
-    _leave_on_sigterm(bot)
+    os.register_at_fork(after_in_child=refuse_preload)
+    bot.workers.start()
     logger.info(
         "version %s, store %s, AI service %s, replies %s, %d threads",
         __version__,
-        "Redis" if config.redis_url else config.database,
+        config.database_url.partition(":")[0],
         config.ai_provider,
         config.reply_mode,
         config.worker_threads,
     )
-    app.extensions["bot"] = bot
-    app.config["MAX_CONTENT_LENGTH"] = LARGEST_CALLBACK
+    return app
+
+
+def add_routes(app: Flask, bot: Bot) -> None:
+    """Add what Tencent and an operator call."""
+    nicks = {robot: persona.nick for robot, persona in bot.config.robots.items()}
 
     @app.post("/im")
-    def im() -> tuple[dict[str, Any], int]:
+    def im() -> tuple[Json, int]:
         try:
-            _check(config, request.args)
-            for message in _messages(request.args, request.get_data(), nicks):
+            check(bot.config, request.args)
+            for message in read_messages(request.args, request.get_data(), nicks):
                 bot.accept(message)
         except BadSignature as error:
-            return _refuse(403, str(error))
+            return refuse(403, str(error))
         except tim.BadEvent as error:
-            return _refuse(400, str(error))
+            return refuse(400, str(error))
         except Overloaded:
-            return _refuse(503, "too many messages wait (MAX_BACKLOG)")
+            return refuse(503, "too many messages wait (MAX_BACKLOG)")
         except StoreError as error:
-            return _refuse(503, str(error))
+            return refuse(503, str(error))
         return OK, 200
 
     @app.get("/healthz")
-    def healthz() -> tuple[dict[str, Any], int]:
+    def healthz() -> tuple[Json, int]:
         try:
             return {"status": "ok", **bot.store.stats()}, 200
         except StoreError as error:
             return {"status": str(error)}, 503
 
     @app.errorhandler(HTTPException)
-    def refused(error: HTTPException) -> tuple[dict[str, Any], int]:
-        return _refuse(error.code or 500, error.description or error.name)
-
-    return app
+    def refused(error: HTTPException) -> tuple[Json, int]:
+        return refuse(error.code or 500, error.description or error.name)
 
 
-def _leave_on_sigterm(bot: Bot) -> None:
+def refuse(status: int, why: str) -> tuple[Json, int]:
+    """Return an error in Tencent's shape."""
+    if request.path == "/im":
+        logger.warning("callback refused with %d: %s", status, why)
+    return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
+
+
+def set_up_logging(level: str) -> None:
+    """Log to standard output, without what holds a signature or a text."""
+    line = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    logging.basicConfig(level=level, stream=sys.stdout, format=line)
+    for name in ("urllib3", "werkzeug"):  # they log URLs, with UserSig and Sign
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def leave_on_sigterm(bot: Bot) -> None:
     """Claim no more when gunicorn stops a worker, not seconds later at its exit."""
     before = signal.getsignal(signal.SIGTERM)
 
     def leave(number: int, frame: Any) -> None:
-        bot.leaving = True
+        bot.workers.draining = True
         before(number, frame)  # type: ignore[operator,misc]
 
     if callable(before) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, leave)
 
 
-def _config_or_exit() -> Config:
-    try:
-        return Config.from_env()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(3)  # by which gunicorn knows not to start the worker again
-
-
-def _open_store_or_exit(config: Config) -> Store:
-    try:
-        return open_store(config.database, config.redis_url)
-    except StoreError as error:
+def refuse_preload() -> None:
+    """End a gunicorn worker that was forked from a process with a bot."""
+    if "gunicorn.arbiter" in sys.modules:
         print(
-            f"{'REDIS_URL' if config.redis_url else 'DATABASE'}: {error}.",
+            "gunicorn's --preload (preload_app) cannot be used: threads and database "
+            "connections do not survive a fork. Start without it.",
             file=sys.stderr,
+            flush=True,
         )
-        sys.exit(3)
-
-
-def _check(config: Config, query: Mapping[str, str]) -> None:
-    """Raise BadSignature unless the callback is Tencent's and for our app."""
-    if config.im_callback_token:
-        sign, request_time = query.get("Sign", ""), query.get("RequestTime", "")
-        check_callback(config.im_callback_token, sign, request_time)
-    if query.get("SdkAppid", str(config.im_sdkappid)) != str(config.im_sdkappid):
-        raise BadSignature("SdkAppid is not this server's app")
-
-
-def _messages(
-    query: Mapping[str, str], body: bytes, nicks: Mapping[str, str]
-) -> list[tim.Message]:
-    """Return the questions in a callback. Raises tim.BadEvent."""
-    try:
-        event = json.loads(body) if body.strip() else {}
-    except (ValueError, RecursionError):
-        raise tim.BadEvent("the body is not JSON") from None
-    if not isinstance(event, dict):
-        raise tim.BadEvent("the body is not a JSON object")
-    name = event.get("CallbackCommand") or query.get("CallbackCommand")
-    return tim.parse(str(name), event, nicks)
-
-
-def _refuse(status: int, why: str) -> tuple[dict[str, Any], int]:
-    if request.path == "/im":
-        logger.warning("callback refused with %d: %s", status, why)
-    return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Turn what can go wrong in a command into one sentence and exit status 1."""
-    try:
-        yield
-    except (ValueError, tim.IMError, StoreError, ProviderError) as error:
-        raise click.ClickException(str(error)) from None
-
-
-@click.command()
-@click.argument("text")
-def ask(text: str) -> None:
-    """Ask the AI service TEXT, once, and print its answer as it comes."""
-    config = _config_or_exit()
-    provider = make_provider(config, NOBODY)
-    chat = [
-        {"role": "system", "content": config.ai_system_prompt},
-        {"role": "user", "content": text},
-    ]
-    with _told():
-        for chunk in provider.chat(chat, Call(config.ai_timeout)):
-            click.echo(f"\n{chunk}" if isinstance(chunk, Replace) else chunk, nl=False)
-    click.echo()
-
-
-@click.command()
-@click.argument("userid")
-@click.option("--nick", default="", help="The name that users see.")
-def create_robot(userid: str, nick: str) -> None:
-    """Create the chatbot account USERID, such as @RBT#001."""
-    with _told():
-        make_client(_config_or_exit()).create_robot(userid, nick)
-    click.echo(f"{userid} is there: write to it.")
-
-
-@click.command()
-@click.argument("userid")
-def delete_robot(userid: str) -> None:
-    """Delete the chatbot account USERID; its name cannot be used again."""
-    with _told():
-        make_client(_config_or_exit()).delete_robot(userid)
-    click.echo(f"{userid} is deleted.")
-
-
-@click.command()
-def robots() -> None:
-    """List the app's chatbot accounts."""
-    with _told():
-        click.echo("\n".join(make_client(_config_or_exit()).robots()))
-
-
-@click.command()
-@click.argument("userid")
-@click.option("--expire", default=86400, help="Seconds it is valid.")
-def usersig(userid: str, expire: int) -> None:
-    """Print a UserSig with which USERID can log in to a chat client."""
-    config = _config_or_exit()
-    click.echo(gen_user_sig(config.im_sdkappid, config.im_key, userid, expire))
-
-
-@click.command()
-def failed() -> None:
-    """List the messages that were set aside, and why."""
-    with _told():
-        for id, reason, age in _open_store_or_exit(_config_or_exit()).failed():
-            click.echo(f"${id!r}  {age:.0f} s ago: {reason}")  # as a shell takes it
-
-
-@click.command()
-@click.argument("ids", nargs=-1)
-def retry(ids: tuple[str, ...]) -> None:
-    """Put messages that were set aside, all or those with IDS, back to be answered."""
-    with _told():
-        count = _open_store_or_exit(_config_or_exit()).retry(ids or None)
-    click.echo(f"{count} put back.")
-
-
-@click.command()
-def doctor() -> None:
-    """Check everything that can be checked from here; change nothing."""
-    healthy = True
-    config = _config_or_exit()
-    for name, check in CHECKS.items():
-        try:
-            good, says = True, check(config)
-        except (tim.IMError, StoreError, ProviderError, ValueError) as error:
-            good, says = False, str(error)
-        healthy = healthy and good
-        click.echo(f"{'ok  ' if good else 'FAIL'} {name:9} {says}")
-    click.echo(CONSOLE)
-    sys.exit(not healthy)
-
-
-CONSOLE = """
-In the console, under Webhook: the URL https://<this server>/im, authentication with the
-token of IM_CALLBACK_TOKEN, and both robot callbacks switched on."""
-
-
-def _check_token(config: Config) -> str:
-    if config.im_callback_token:
-        return f"{len(config.im_callback_token)} accepted"
-    raise ValueError("IM_CALLBACK_TOKEN is not set: anybody can spend your AI budget")
-
-
-def _check_robots(config: Config) -> str:
-    there = make_client(config).robots()
-    if missing := [robot for robot in config.robots if robot not in there]:
-        raise ValueError(f"{missing[0]} of robots.toml is not there: create-robot it")
-    if not there:
-        raise ValueError("there is no robot yet: use create-robot")
-    return f"key accepted; {', '.join(there)}"
-
-
-def _check_clock(config: Config) -> str:
-    try:
-        answer = requests.head(config.im_api_url, timeout=5)
-        theirs = parsedate_to_datetime(answer.headers["Date"]).timestamp()
-    except (requests.RequestException, KeyError, ValueError) as error:
-        raise ValueError(f"{config.im_api_url}: {type(error).__name__}") from None
-    if abs(off := time.time() - theirs) > 30:
-        raise ValueError(
-            f"this server's clock is {off:+.0f} s off: callbacks will fail"
-        )
-    return "agrees with Tencent's"
-
-
-def _check_ai(config: Config) -> str:
-    seen = []
-    for persona in {NOBODY, *config.robots.values()}:
-        provider = make_provider(config, persona)
-        chat = [{"role": "user", "content": "Say OK."}]
-        began = time.monotonic()
-        providers.joined(provider.chat(chat, Call(config.ai_timeout), whole=True))
-        name = persona.provider or config.ai_provider
-        model = provider.model or provider.service.model
-        seen.append(f"{name} {model} in {time.monotonic() - began:.1f} s")
-    return f"answers: {', '.join(seen)}"
-
-
-def _check_store(config: Config) -> str:
-    if not config.redis_url and not Path(config.database).exists():
-        if not os.access(Path(config.database).absolute().parent, os.W_OK):
-            raise ValueError(f"{config.database} cannot be made there")
-        return f"{config.database} is not there yet: the server will make it"
-    state = open_store(config.database, config.redis_url).stats()
-    place = "Redis" if config.redis_url else config.database
-    return f"{place} works; {state['waiting']} waiting, {state['set_aside']} set aside"
-
-
-CHECKS = {
-    "callback": _check_token,
-    "Tencent": _check_robots,
-    "clock": _check_clock,
-    "AI": _check_ai,
-    "store": _check_store,
-}
-CLI = (ask, create_robot, delete_robot, robots, usersig, failed, retry, doctor)
+        os._exit(3)  # by which gunicorn knows not to start the worker again

@@ -42,7 +42,7 @@ def make_app(sim, tmp_path):
             "im_api_url": sim.url,
             "ai_secret_key": sim.ai_key,
             "ai_base_url": f"{sim.url}/v1",
-            "database": str(tmp_path / "bot.db"),
+            "database_url": f"sqlite:///{tmp_path}/bot.db",
         }
         app = create_app(Config(**{**defaults, **settings}))
         bots.append(app.extensions["bot"])
@@ -274,7 +274,7 @@ def test_an_answer_outlives_a_longer_failure_of_im(im):
 def test_a_final_error_of_im_sets_the_message_aside(im, caplog):
     im.sim.fault = lambda command, body: 20003
     im.say("hello")
-    poll(lambda: im.client.get("/healthz").get_json()["set_aside"] == 1)
+    poll(lambda: im.client.get("/healthz").get_json()["failed"] == 1)
     assert "20003" in caplog.text and "does not exist" in caplog.text
     im.sim.fault = lambda command, body: None
     im.say("next")

@@ -71,7 +71,7 @@ def settle(bot: BotProcess) -> int:
         time.sleep(0.2)
         with suppress(requests.RequestException, KeyError):
             state = requests.get(f"{bot.url}/healthz", timeout=5).json()
-            left = state["waiting"] + state["in_work"] + state["set_aside"]
+            left = state["waiting"] + state["in_work"] + state["failed"]
     return left
 
 

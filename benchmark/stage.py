@@ -52,8 +52,6 @@ def stage(
         lines = [f'["{name}"]\nreply_mode = "{mode}"\n' for name, mode in MODES.items()]
         robots.write_text("".join(lines))
         settings = settings | {"ROBOTS": robots, "DATABASE_URL": database.url}
-        if isinstance(database, SQLiteFile):
-            settings |= {"DATABASE": database.path}
         bot = BotProcess(simulator, folder, **settings)
         if bare:
             Path(folder, "bare.py").write_text(BARE)

@@ -45,7 +45,6 @@ class BotProcess:
         self.env = {name: os.environ[name] for name in names if name in os.environ}
         self.env["PATH"] = f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}"
         self.env |= bot_settings(simulator)
-        self.env["DATABASE"] = str(Path(folder, "bot.db"))
         self.env["DATABASE_URL"] = f"sqlite:///{folder}/bot.db"
         self.env["GUNICORN_CMD_ARGS"] = f"--bind 127.0.0.1:{self.port}"
         self.env |= {name: str(value) for name, value in settings.items()}

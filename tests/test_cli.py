@@ -64,7 +64,7 @@ def test_what_was_set_aside_is_listed_and_put_back_by_command(sim, flask, tmp_pa
     try:
         event = sim.say("jared", "@RBT#001", "hello")
         health = f"{bot.url}/healthz"
-        poll(lambda: requests.get(health).json()["set_aside"] == 1)
+        poll(lambda: requests.get(health).json()["failed"] == 1)
         done = flask("failed")
         assert str(event["MsgRandom"]) in done.stdout and "20003" in done.stdout
         assert done.stdout.startswith("$'@RBT#001\\tjared\\t")

@@ -196,7 +196,7 @@ def test_a_message_that_kills_its_process_three_times_is_set_aside(
     assert len({*kills}) == 3
     [line] = [x for x in bot.log.read_text().splitlines() if "set aside" in x]
     assert str(event["MsgRandom"]) in line and "3 times" in line
-    poll(lambda: stand(bot.url)["set_aside"] == 1)
+    poll(lambda: stand(bot.url)["failed"] == 1)
     sim.say("jared", "@RBT#001", "harmless")
     assert sim.wait(1)[0].text.startswith("You said: harmless")
 
@@ -391,7 +391,7 @@ def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_pa
         say()
     sim.fault = lambda command, body: 20003
     say(wait=0)
-    poll(lambda: stand(bot.url)["set_aside"] == 1)
+    poll(lambda: stand(bot.url)["failed"] == 1)
     sim.fault = lambda command, body: None
     im, sim.bot_url = requests, ""
     for query in ({"Sign": "0" * 64}, {"RequestTime": "1"}, {"SdkAppid": "1"}):

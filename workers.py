@@ -1,0 +1,245 @@
+"""A pool of threads that work on what waits in a store.
+
+    workers = Workers(store, handle, threads=64, retention=7 * 86400)
+    workers.start()
+    workers.wake()          # something was added
+    workers.close(drain=20)
+
+`handle` gets each message as an InFlight and ends it by `store.finish` or another verb
+that ends a claim. What it raises decides what becomes of a message that it did not end.
+One more thread, the maintenance loop, prolongs the claims in flight, finds what other
+processes left behind, and deletes what is old. Nothing here knows of chats, AI or
+Tencent.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from store import LEASE, Claim, Store, StoreError
+
+POLL = 0.5  # seconds between two rounds of the maintenance loop
+HEARTBEAT_ROUNDS = 2  # rounds from one heartbeat to the next
+PRUNE_ROUNDS = 7200  # rounds from one deletion of old messages to the next
+PAUSE = LEASE / 3  # seconds without a heartbeat, after which nothing is claimed
+REGAIN = 2.0  # seconds after a pause in which other processes regain their claims
+
+logger = logging.getLogger(__name__)
+
+
+class LeaseLost(Exception):
+    """Another process has taken the message over."""
+
+
+def do_nothing() -> None:
+    """Be the default of what a handler may set."""
+
+
+@dataclass(eq=False)
+class InFlight:
+    """A claim in the hands of a thread of this process."""
+
+    claim: Claim
+    lost: bool = False  # another process has it
+    cancel: Callable[[], None] = do_nothing  # the handler's means to end the work soon
+    tick: Callable[[], None] = do_nothing  # is called every POLL seconds; may not block
+
+
+class Workers:
+    """The threads, which start on demand, and the claims they have in flight."""
+
+    def __init__(
+        self,
+        store: Store,
+        handle: Callable[[InFlight], None],
+        threads: int,
+        retention: float,
+    ) -> None:
+        self.store, self._handle = store, handle
+        self.threads, self.retention = threads, retention
+        self.backlog = 0  # messages that wait in the store, as last seen
+        self.draining = False  # claim no more
+        self._lock = threading.Lock()  # guards what follows, up to _ended
+        self._in_flight: dict[int, InFlight] = {}  # by seq
+        self._started = self._idle = self._wanted = 0  # threads
+        self._wake_up = threading.Condition(self._lock)  # a thread may be wanted
+        self._ended = threading.Condition(self._lock)  # a message is not in flight now
+        self._closed = threading.Event()
+        self._store_down = False
+        self._unfinished: deque[Callable[[], Any]] = deque()  # see when_store_works
+        self._beat = (0.0, 0.0)  # the clocks at the last heartbeat
+        self._claim_from = 0.0  # time.monotonic() before which nothing is claimed
+        self._maintenance = threading.Thread(target=self._maintain, daemon=True)
+
+    def start(self) -> None:
+        """Begin to work: first on what an earlier process left behind."""
+        self._maintenance.start()
+
+    def wake(self, count: int = 1) -> None:
+        """Let threads look for work that was added."""
+        with self._lock:
+            self._wanted = min(self._wanted + count, self.threads)
+            missing = min(self._wanted - self._idle, self.threads - self._started)
+            with suppress(RuntimeError):  # no more threads: maintenance tries again
+                for _ in range(0 if self.draining else missing):
+                    threading.Thread(target=self._run, daemon=True).start()
+                    self._started += 1
+            self._wake_up.notify(count)
+
+    def cancel(self, conversation: str) -> None:
+        """End the work on a conversation soon, in whichever process it is."""
+        self.store.cancel(conversation)
+        for work in self._flying():
+            if work.claim.conversation == conversation:
+                work.cancel()
+
+    def when_store_works(self, verb: Callable[..., Any], *values: Any) -> None:
+        """Do a step at the store, as soon as it works again if it does not now."""
+        step = partial(verb, *values)
+        try:
+            step()
+        except StoreError as error:
+            self._note_down(error)
+            self._unfinished.append(step)
+
+    def _run(self) -> None:
+        """Be a thread of the pool."""
+        while not self.draining:
+            with self._lock:
+                self._idle += 1
+                self._wake_up.wait_for(lambda: self._wanted or self.draining)
+                self._idle -= 1
+                self._wanted -= 1
+            while claim := self._claim():
+                self._work(claim)
+
+    def _claim(self) -> Claim | None:
+        if self.draining or self._store_down or not self._may_claim():
+            return None
+        try:
+            claim = self.store.claim()
+        except StoreError as error:
+            self._note_down(error)
+            return None
+        with self._lock:
+            ours = claim and self._in_flight.get(claim.seq)
+        if claim and ours:  # its lease ran out, but we still work on it
+            ours.claim = claim
+            return None
+        return claim
+
+    def _may_claim(self) -> bool:
+        """Return whether all processes had the time to prolong their claims."""
+        return self._since_heartbeat() < PAUSE and time.monotonic() >= self._claim_from
+
+    def _since_heartbeat(self) -> float:
+        """Return the seconds since the last heartbeat, by the clock that says more: one
+        jumps when it is set, the other stands still while the machine sleeps."""
+        return max(now - then for now, then in zip(_clocks(), self._beat, strict=True))
+
+    def _work(self, claim: Claim) -> None:
+        """Have one message handled, whatever happens."""
+        work = InFlight(claim)
+        with self._lock:
+            self._in_flight[claim.seq] = work
+        try:
+            self._handle(work)
+        except LeaseLost:
+            logger.warning("%s is in other hands now", claim.id)
+            self._release(work, 0.0)  # no step, unless it was claimed again by us
+        except StoreError as error:  # not the message's fault
+            self._note_down(error)
+            self._release(work, 1.0)
+        except Exception:
+            logger.exception("%s failed", claim.id)
+            self._release(work, 1.0, failed=True)
+        finally:
+            with self._lock:
+                del self._in_flight[claim.seq]
+                self._ended.notify_all()
+
+    def _release(self, work: InFlight, delay: float, failed: bool = False) -> None:
+        self.when_store_works(self.store.release, work.claim, delay, failed)
+
+    def _note_down(self, error: StoreError) -> None:
+        if not self._store_down:
+            logger.error("%s", error)
+        self._store_down = True
+
+    def _flying(self) -> list[InFlight]:
+        with self._lock:
+            return list(self._in_flight.values())
+
+    def _maintain(self) -> None:
+        """Be the maintenance loop."""
+        rounds = 0
+        while not self._closed.wait(POLL if rounds else 0):
+            try:
+                self._look_after(rounds)
+            except StoreError as error:
+                self._note_down(error)
+            except Exception:
+                logger.exception("the maintenance loop failed")
+            rounds += 1
+
+    def _look_after(self, rounds: int) -> None:
+        if self._store_down or rounds % HEARTBEAT_ROUNDS == 0 or not self._may_claim():
+            self._heartbeat()
+        while self._unfinished:
+            self._unfinished[0]()
+            self._unfinished.popleft()
+        self.backlog, _, due = self.store.load()
+        if self._store_down:
+            logger.warning("the store works again")
+        self._store_down = False
+        self.wake(min(due, self.threads))
+        if rounds % PRUNE_ROUNDS == 0:
+            self.in_background(self.when_store_works, self.store.prune, self.retention)
+        for work in self._flying():
+            work.tick()
+
+    def _heartbeat(self) -> None:
+        paused, works = self._since_heartbeat() > PAUSE, self._flying()
+        lost, cancelled = self.store.heartbeat([work.claim for work in works])
+        if paused and any(self._beat):
+            logger.warning("this process was paused, or the clock was set")
+            self._claim_from = time.monotonic() + REGAIN
+        self._beat = _clocks()
+        for work in works:
+            work.lost = work.lost or work.claim in lost
+            if work.claim in lost or work.claim in cancelled:
+                work.cancel()
+
+    @staticmethod
+    def in_background(act: Callable[..., None], *values: Any) -> None:
+        """Do what may take long without holding up the caller."""
+        threading.Thread(target=act, args=values, daemon=True).start()
+
+    def close(self, drain: float) -> None:
+        """Claim no more, finish what `drain` seconds allow, release the rest."""
+        if self._closed.is_set():
+            return
+        with self._lock:
+            self.draining = True
+            self._wake_up.notify_all()
+            self._ended.wait_for(lambda: not self._in_flight, drain)
+            left = list(self._in_flight.values())
+        for work in left:
+            work.lost = True
+            with suppress(StoreError):
+                self.store.release(work.claim, 0.0)
+            work.cancel()
+        self._closed.set()
+        logger.info("stopped; %d messages were left to others", len(left))
+
+
+def _clocks() -> tuple[float, float]:
+    return time.time(), time.monotonic()
