@@ -37,7 +37,7 @@ from config import COMMAND_LINE, REPLIES, STORES, Config, ConfigError, Persona, 
 from providers import PROVIDERS, Provider, ProviderError, words
 from replies import PlainReply
 from session import CancelScope, open_session
-from store import MINUTE, NO_LIMIT, Added, Store, StoreError
+from store import MAX_ATTEMPTS, MINUTE, NO_LIMIT, Added, Store, StoreError
 from usersig import BadSignature, check_callback
 from workers import InFlight, LeaseLost, Workers
 
@@ -175,7 +175,9 @@ class Bot:
         job, began = self._begin(work), time.monotonic()
         try:
             if work.claim.spent:
-                return self._give_up(job, "its work was cut short too often")
+                return self._give_up(
+                    job, f"its work was cut short {MAX_ATTEMPTS} times"
+                )
             said = self._saved(job) or self._say(job)
             asked = time.monotonic()
             if said.text:
@@ -259,10 +261,13 @@ class Bot:
         """Return the AI's answer, shown while it grows, or why there is none."""
         job.outcome, text = "answered", ""
         provider = self.provider(job.message.robot)
-        chat = self._chat(job, provider)
+        chat, interval = self._chat(job, provider), job.reply.update_interval
         try:
-            for text in provider.chat(chat, job.scope, job.reply.update_interval):
-                job.reply.update(text)
+            shown = -interval
+            for text in provider.chat(chat, job.scope, interval):
+                if time.monotonic() - shown >= interval:  # else it is the end
+                    job.reply.update(text)
+                    shown = time.monotonic()
             return Said(text, remember=True)
         except ProviderError as error:
             if job.work.lost:

@@ -118,7 +118,7 @@ def failed() -> None:
 @click.command()
 @click.argument("numbers", nargs=-1, type=int)
 def retry(numbers: tuple[int, ...]) -> None:
-    """Put messages that were given up, all or those with NUMBERS, back in their turn."""
+    """Let messages that were given up, all or those with NUMBERS, be answered."""
     with opened_store() as store:
         count = store.retry(numbers or None)
     click.echo(f"{count} put back.")

@@ -479,8 +479,10 @@ def test_pictures_go_to_services_that_see(sim, make_app, tmp_path):
         {"type": "text", "text": "what is it?"},
         {"type": "image_url", "image_url": {"url": "https://x/2"}},
     ]
-    another = str(tmp_path / "another.db")  # else the first bot may take the question
-    app = make_app(ai_provider="deepseek", database=another)
+    another = (
+        f"sqlite:///{tmp_path}/another.db"  # else the first bot may take the question
+    )
+    app = make_app(ai_provider="deepseek", database_url=another)
     im = Caller(sim, app.test_client())
     im.say(MsgBody=[picture])
     assert "图片" in sim.wait(2)[1].text

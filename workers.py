@@ -5,11 +5,10 @@
     workers.wake()          # something was added
     workers.close(drain=20)
 
-`handle` gets each message as an InFlight and ends it by `store.finish` or another verb
-that ends a claim. What it raises decides what becomes of a message that it did not end.
-One more thread, the maintenance loop, prolongs the claims in flight, finds what other
-processes left behind, and deletes what is old. Nothing here knows of chats, AI or
-Tencent.
+`handle` gets each message as an InFlight and ends its claim by a verb of the store; if
+it raises, the message is given back. One more thread, the maintenance loop, prolongs
+the claims in flight, finds what other processes left behind, and deletes what is old.
+Nothing here knows of chats, AI or Tencent.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from store import LEASE, Claim, Store, StoreError
 
 POLL = 0.5  # seconds between two rounds of the maintenance loop
-HEARTBEAT_ROUNDS = 2  # rounds from one heartbeat to the next
-PRUNE_ROUNDS = 7200  # rounds from one deletion of old messages to the next
+HEARTBEAT_ROUNDS, PRUNE_ROUNDS = 2, 7200  # rounds from one to the next
 PAUSE = LEASE / 3  # seconds without a heartbeat, after which nothing is claimed
-REGAIN = 2.0  # seconds after a pause in which other processes regain their claims
+REGAIN = 2.0  # seconds after a pause in which other processes prolong their claims
 
 logger = logging.getLogger(__name__)
 
@@ -64,35 +63,32 @@ class Workers:
         retention: float,
     ) -> None:
         self.store, self._handle = store, handle
-        self.threads, self.retention = threads, retention
+        self.threads, self.retention = threads, retention  # a number, seconds
         self.backlog = 0  # messages that wait in the store, as last seen
         self.draining = False  # claim no more
-        self._lock = threading.Lock()  # guards what follows, up to _ended
+        self._wake_ups: SimpleQueue[None] = SimpleQueue()  # one for each thread wanted
+        self._lock = threading.Lock()  # guards _started and _in_flight
+        self._started = 0
         self._in_flight: dict[int, InFlight] = {}  # by seq
-        self._started = self._idle = self._wanted = 0  # threads
-        self._wake_up = threading.Condition(self._lock)  # a thread may be wanted
         self._ended = threading.Condition(self._lock)  # a message is not in flight now
-        self._closed = threading.Event()
         self._store_down = False
         self._unfinished: deque[Callable[[], Any]] = deque()  # see when_store_works
         self._beat = (0.0, 0.0)  # the clocks at the last heartbeat
         self._claim_from = 0.0  # time.monotonic() before which nothing is claimed
-        self._maintenance = threading.Thread(target=self._maintain, daemon=True)
+        self._closed = threading.Event()
 
     def start(self) -> None:
         """Begin to work: first on what an earlier process left behind."""
-        self._maintenance.start()
+        self.in_background(self._maintain)
 
     def wake(self, count: int = 1) -> None:
         """Let threads look for work that was added."""
-        with self._lock:
-            self._wanted = min(self._wanted + count, self.threads)
-            missing = min(self._wanted - self._idle, self.threads - self._started)
-            with suppress(RuntimeError):  # no more threads: maintenance tries again
-                for _ in range(0 if self.draining else missing):
-                    threading.Thread(target=self._run, daemon=True).start()
+        for _ in range(min(count, self.threads - self._wake_ups.qsize())):
+            self._wake_ups.put(None)
+            with self._lock, suppress(RuntimeError):  # the system has no more threads
+                if self._started < self.threads and not self.draining:
+                    self.in_background(self._run)
                     self._started += 1
-            self._wake_up.notify(count)
 
     def cancel(self, conversation: str) -> None:
         """End the work on a conversation soon, in whichever process it is."""
@@ -102,22 +98,22 @@ class Workers:
                 work.cancel()
 
     def when_store_works(self, verb: Callable[..., Any], *values: Any) -> None:
-        """Do a step at the store, as soon as it works again if it does not now."""
-        step = partial(verb, *values)
+        """Do a step at the store: if it does not work now, as soon as it does."""
         try:
-            step()
+            verb(*values)
         except StoreError as error:
             self._note_down(error)
-            self._unfinished.append(step)
+            self._unfinished.append(partial(verb, *values))
+
+    @staticmethod
+    def in_background(act: Callable[..., None], *values: Any) -> None:
+        """Run a function in a thread of its own."""
+        threading.Thread(target=act, args=values, daemon=True).start()
 
     def _run(self) -> None:
         """Be a thread of the pool."""
         while not self.draining:
-            with self._lock:
-                self._idle += 1
-                self._wake_up.wait_for(lambda: self._wanted or self.draining)
-                self._idle -= 1
-                self._wanted -= 1
+            self._wake_ups.get()
             while claim := self._claim():
                 self._work(claim)
 
@@ -154,7 +150,7 @@ class Workers:
             self._handle(work)
         except LeaseLost:
             logger.warning("%s is in other hands now", claim.id)
-            self._release(work, 0.0)  # no step, unless it was claimed again by us
+            self._release(work, 0.0)  # changes nothing, unless we claimed it again
         except StoreError as error:  # not the message's fault
             self._note_down(error)
             self._release(work, 1.0)
@@ -191,7 +187,7 @@ class Workers:
             rounds += 1
 
     def _look_after(self, rounds: int) -> None:
-        if self._store_down or rounds % HEARTBEAT_ROUNDS == 0 or not self._may_claim():
+        if self._store_down or not self._may_claim() or rounds % HEARTBEAT_ROUNDS == 0:
             self._heartbeat()
         while self._unfinished:
             self._unfinished[0]()
@@ -200,7 +196,7 @@ class Workers:
         if self._store_down:
             logger.warning("the store works again")
         self._store_down = False
-        self.wake(min(due, self.threads))
+        self.wake(due)
         if rounds % PRUNE_ROUNDS == 0:
             self.in_background(self.when_store_works, self.store.prune, self.retention)
         for work in self._flying():
@@ -218,18 +214,12 @@ class Workers:
             if work.claim in lost or work.claim in cancelled:
                 work.cancel()
 
-    @staticmethod
-    def in_background(act: Callable[..., None], *values: Any) -> None:
-        """Do what may take long without holding up the caller."""
-        threading.Thread(target=act, args=values, daemon=True).start()
-
     def close(self, drain: float) -> None:
         """Claim no more, finish what `drain` seconds allow, release the rest."""
         if self._closed.is_set():
             return
         with self._lock:
             self.draining = True
-            self._wake_up.notify_all()
             self._ended.wait_for(lambda: not self._in_flight, drain)
             left = list(self._in_flight.values())
         for work in left:
@@ -238,6 +228,8 @@ class Workers:
                 self.store.release(work.claim, 0.0)
             work.cancel()
         self._closed.set()
+        for _ in range(self._started):
+            self._wake_ups.put(None)  # its thread ends
         logger.info("stopped; %d messages were left to others", len(left))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tim
-from botserver import TEXTS
+from commands import TEXTS
 from conftest import STORY, Caller, idle, poll
 from simulator import text_body
 
@@ -50,20 +50,6 @@ def test_other_methods_and_paths_are_refused_in_tencents_shape(im):
 def test_strange_text_arrives(im):
     im.say("\ud83d \0 \u2028 😀")
     assert im.sim.wait(1)[0].text.startswith("You said: ?  \u2028 😀 (")
-
-
-def test_what_there_is_room_for_again_is_taken(sim, make_app, monkeypatch):
-    app = make_app()
-    kept, tries = app.extensions["bot"].store, []
-    add = kept.add
-
-    def full_at_first(*values):
-        tries.append(values)
-        return len(tries) > 1 and add(*values)
-
-    monkeypatch.setattr(kept, "add", full_at_first)
-    Caller(sim, app.test_client()).say("hello")
-    assert "hello" in sim.wait(1)[0].text and len(tries) == 2
 
 
 def test_a_question_is_counted_once_however_often_it_is_tried(sim, make_app):

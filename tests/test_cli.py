@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -58,18 +59,18 @@ def test_a_usersig_is_made_by_command(flask):
     assert check_user_sig(KEY, sig)["TLS.identifier"] == "jared"
 
 
-def test_what_was_set_aside_is_listed_and_put_back_by_command(sim, flask, tmp_path):
+def test_what_failed_is_listed_and_put_back_by_command(sim, flask, tmp_path):
     sim.fault = lambda command, body: 20003
     bot = BotProcess(sim, str(tmp_path)).start()
     try:
-        event = sim.say("jared", "@RBT#001", "hello")
+        sim.say("jared", "@RBT#001", "hello")
         health = f"{bot.url}/healthz"
         poll(lambda: requests.get(health).json()["failed"] == 1)
         done = flask("failed")
-        assert str(event["MsgRandom"]) in done.stdout and "20003" in done.stdout
-        assert done.stdout.startswith("$'@RBT#001\\tjared\\t")
+        assert re.match(r"\d+  \d+ s ago: .*20003", done.stdout)
         sim.fault = lambda command, body: None
-        assert flask("retry").stdout == "1 put back.\n"
+        assert flask("retry", "99").stdout == "0 put back.\n"
+        assert flask("retry", done.stdout.split()[0]).stdout == "1 put back.\n"
         assert sim.wait(1)[0].text == "You said: hello (question 1 of our chat)"
     finally:
         bot.stop()
@@ -95,7 +96,10 @@ def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
         ({"AI_SECRET_KEY": "wrong"}, "2049"),
         ({"AI_BASE_URL": "http://127.0.0.1:1"}, "ConnectionError"),
         ({"AI_PROVIDER": "nobody"}, "AI_PROVIDER must be one of"),
-        ({"DATABASE": "/nowhere/bot.db"}, "/nowhere/bot.db cannot be made there"),
+        (
+            {"DATABASE_URL": "sqlite:////nowhere/bot.db"},
+            "/nowhere/bot.db cannot be made there",
+        ),
         ({"fault": 60026}, "set IM_API_URL to that region's domain"),
         ({"fault": 60020}, "the package has expired or is unpaid"),
         ({"robots": {}}, "there is no robot yet"),

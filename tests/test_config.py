@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from botserver import Config, ConfigError
+from config import Config, ConfigError
 from simulator import BotProcess
 
 
@@ -50,7 +50,12 @@ def test_settings_are_read_and_secrets_are_not_shown():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"IM_KEY": "", "AI_TIMEOUT": "x"}, {"DATABASE": "/"}]
+    "settings",
+    [
+        {"IM_KEY": "", "AI_TIMEOUT": "x"},
+        {"DATABASE_URL": "sqlite:////"},
+        {"DATABASE": "bot.db", "REDIS_URL": "redis://x"},
+    ],
 )
 def test_a_wrong_setting_stops_the_start(sim, tmp_path, settings):
     bot = BotProcess(sim, str(tmp_path), **settings).launch()

@@ -18,6 +18,7 @@ import pytest
 import requests
 
 import botserver
+from commands import TEXTS
 from conftest import STORY, Caller, idle, poll, said_to
 from simulator import BotProcess, running
 
@@ -132,7 +133,7 @@ def workers(bot):
 def let_claims_lapse(path):
     """Do what LEASE seconds do to the claims of processes that died."""
     with closing(sqlite3.connect(path, timeout=10)) as other, other:
-        other.execute("UPDATE message SET due = 0 WHERE token IS NOT NULL")
+        other.execute("UPDATE conversation SET due = 0 WHERE token IS NOT NULL")
 
 
 def questions(sim):
@@ -174,7 +175,7 @@ def test_after_kill_9_all_is_answered_in_30_s_and_a_kept_answer_sent_again(
     assert questions(sim).count("kept") == 1
 
 
-def test_a_message_that_kills_its_process_three_times_is_set_aside(
+def test_a_message_that_kills_its_process_three_times_is_given_up(
     sim, start_bot, tmp_path
 ):
     bot, kills = start_bot(), []
@@ -187,18 +188,19 @@ def test_a_message_that_kills_its_process_three_times_is_set_aside(
     sim.ai_fault = kill
     event = sim.say("jared", "@RBT#001", "deadly")
 
-    def set_aside():
+    def given_up():
         if len(workers(bot)) > len(kills):
             let_claims_lapse(tmp_path / "bot.db")
-        return "set aside" in bot.log.read_text()
+        return " failed: " in bot.log.read_text()
 
-    poll(set_aside, 30)
+    poll(given_up, 30)
     assert len({*kills}) == 3
-    [line] = [x for x in bot.log.read_text().splitlines() if "set aside" in x]
+    [line] = [x for x in bot.log.read_text().splitlines() if " failed: " in x]
     assert str(event["MsgRandom"]) in line and "3 times" in line
     poll(lambda: stand(bot.url)["failed"] == 1)
+    assert sim.wait(1)[0].text == TEXTS["zh"]["undeliverable"]
     sim.say("jared", "@RBT#001", "harmless")
-    assert sim.wait(1)[0].text.startswith("You said: harmless")
+    assert sim.wait(2)[1].text.startswith("You said: harmless")
 
 
 def test_sigterm_finishes_what_it_can_and_leaves_the_rest_to_the_next(sim, start_bot):
@@ -345,7 +347,7 @@ def test_a_store_that_fails_costs_nothing_but_time(
         assert answer.status_code == 503 and answer.get_json()["ActionStatus"] == "FAIL"
         poll(lambda: "cannot be written" in caplog.text)
         assert im.say("during").status_code == 503
-        poll(lambda: not bot._work)
+        poll(lambda: not bot.workers._in_flight)
     poll(lambda: im.say("after").status_code == 200)
     let_claims_lapse(path)
     poll(lambda: len(sim.delivered) == 2 and idle(im))
@@ -436,13 +438,13 @@ def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_pa
 
 
 def test_a_server_that_is_killed_for_good_is_replaced_by_another(
-    sim, tmp_path, redis_server
+    sim, tmp_path, postgres
 ):
-    """Two servers, as on two machines, share a Redis; one dies in the middle."""
+    """Two servers, as on two machines, share a database; one dies in the middle."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
-    bots = [BotProcess(sim, str(f), REDIS_URL=redis_server.url) for f in folders]
+    bots = [BotProcess(sim, str(f), DATABASE_URL=postgres.url) for f in folders]
     users = [f"user{number}" for number in range(40)]
     sim.users |= set(users)
     sim.ai_delay = 2

@@ -13,10 +13,10 @@ from contextlib import closing
 
 import pytest
 import requests
+from wire import Wire
 
 from conftest import AI_KEY, ANSWER, QUESTION, RECORDED, delta, sse
 from providers import PROVIDERS, Call, Provider, ProviderError, joined
-from wire import Wire
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 

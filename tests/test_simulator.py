@@ -119,7 +119,7 @@ def test_the_demonstration_shows_questions_and_answers():
 def test_the_demonstrations_bot_takes_every_setting_but_the_stand_ins():
     names = {item.name.upper() for item in dataclasses.fields(Config)}
     names = {name for name in names if not name.startswith(("AI_", "IM_"))}
-    assert set(SETTINGS) == names - {"ALLOW_UNSIGNED", "DATABASE", "REDIS_URL"}
+    assert set(SETTINGS) == names - {"ALLOW_UNSIGNED", "DATABASE_URL"}
 
 
 def news(url):
