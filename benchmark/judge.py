@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from botserver import TEXTS
+from commands import TEXTS
 from simulator import Delivered
 
 from .load import question
 from .users import Chat
 
-BROKEN = TEXTS["en"]["broken"]
-OWN_WORDS = {*TEXTS["en"].values()} - {BROKEN}
+REPLACED = TEXTS["en"]["replaced"]
+OWN_WORDS = {*TEXTS["en"].values()} - {REPLACED}
 
 
 def judge_all(chats: list[Chat], delivered: list[Delivered]) -> Counter[str]:
@@ -58,7 +58,7 @@ def number_of(message: Delivered) -> int | None:
 
     None for what a dead process has begun, if another answer took its place.
     """
-    if message.text.endswith(BROKEN):
+    if message.text.endswith(REPLACED):
         return None
     if (number := question(message.text)) >= 0:
         return number

@@ -51,8 +51,8 @@ def stage(
         robots = Path(folder, "robots.toml")
         lines = [f'["{name}"]\nreply_mode = "{mode}"\n' for name, mode in MODES.items()]
         robots.write_text("".join(lines))
-        settings = settings | {"ROBOTS": robots, "DATABASE_URL": database.url}
-        bot = BotProcess(simulator, folder, **settings)
+        more = {"ROBOTS": robots, "DATABASE_URL": database.url}
+        bot = BotProcess(simulator, folder, **settings | more)
         if bare:
             Path(folder, "bare.py").write_text(BARE)
             bot.command[-1], bot.folder = "bare:app", Path(folder)

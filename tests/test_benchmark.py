@@ -14,7 +14,7 @@ from conftest import HERE
 
 @pytest.fixture
 def postgres():
-    """A PostgreSQL behind a PgBouncer; where one is missing, only CI fails."""
+    """The driver, if PostgreSQL and PgBouncer are there; else only CI fails."""
     psycopg = pytest.importorskip("psycopg")
     try:
         find("initdb"), find("pgbouncer")
@@ -70,9 +70,12 @@ def test_a_command_says_how_it_is_called(module):
     assert not done.stderr
 
 
-def test_a_short_campaign_ends_with_zeros():
-    # With this seed the file is locked.
-    words = "-m benchmark.faults --store sqlite --seconds 3 --seed 7"
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+def test_a_short_campaign_ends_with_zeros(store, request):
+    if store == "postgres":
+        request.getfixturevalue("postgres")
+    # With this seed the database goes away.
+    words = f"-m benchmark.faults --store {store} --seconds 3 --seed 7"
     done = subprocess.run(
         [sys.executable, *words.split()],
         cwd=HERE,
@@ -82,7 +85,7 @@ def test_a_short_campaign_ends_with_zeros():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     title, *lines = done.stdout.splitlines()
-    assert title == "faults, store sqlite, seed 7"
+    assert title == f"faults, store {store}, seed 7"
     found = {line[:24].strip(): int(line[24:].replace(",", "")) for line in lines}
     assert found["no store"] == 1
     assert found["answered"] >= found["acknowledged"] > 100
