@@ -16,6 +16,7 @@ import atexit
 import json
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import threading
@@ -37,6 +38,7 @@ from werkzeug.exceptions import HTTPException
 import providers
 import tim
 from providers import PROVIDERS, Call, Provider, ProviderError, Replace
+from replies import PlainReply
 from store import ANY, MINUTE, REMEMBERED, Claim, Store, StoreError, open_store
 from usersig import BadSignature, check_callback, gen_user_sig
 
@@ -48,6 +50,13 @@ NOTICE_EVERY = 600  # seconds in which a user is told once why messages are refu
 GIVE_UP = 86400  # seconds in which Tencent IM is asked again to take an answer
 DRAIN = 20.0  # seconds for answers in work when the server stops
 HISTORY_CHARACTERS = 24_000  # of old turns in one question
+
+REPLIES = {
+    "whole": "replies:PlainReply",
+    "modify": "growing:EditedReply",
+    "custom": "growing:CardReply",
+    "stream": "growing:StreamReply",
+}
 
 Json = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -67,7 +76,7 @@ TEXTS = {
         "clear": "好的，这段对话我已经忘掉了。",
         "stop": "好的，我停下了。",
         "stopped": "（已停止）",
-        "strange": "这种消息我还看不懂，请发文字给我。",
+        "unsupported": "这种消息我还看不懂，请发文字给我。",
         "blind": "图片我还看不懂，请发文字给我。",
         "stranger": "抱歉，我还不能为你服务，请联系管理员。",
         "flood": "消息太多了，请等我答完前面的再发。",
@@ -87,7 +96,7 @@ TEXTS = {
         "clear": "I have forgotten this chat.",
         "stop": "I have stopped.",
         "stopped": "(stopped)",
-        "strange": "I cannot read this kind of message yet. Please write to me.",
+        "unsupported": "I cannot read this kind of message yet. Please write to me.",
         "blind": "I cannot see pictures yet. Please write to me.",
         "stranger": "Sorry, I may not serve you yet. Please ask the administrator.",
         "flood": "That is a lot. Please wait until I have answered what came before.",
@@ -124,7 +133,7 @@ class Persona:
     system_prompt: str = ""
     provider: str = setting("", choices=tuple(PROVIDERS))
     model: str = ""
-    reply_mode: str = setting("", choices=tuple(tim.MODES))
+    reply_mode: str = setting("", choices=tuple(REPLIES))
 
 
 NOBODY = Persona()
@@ -150,7 +159,7 @@ class Config:
         "You are a helpful assistant in a chat app. Be brief."
     )
     ai_timeout: float = setting(60.0, low=1)  # seconds, for the whole answer
-    reply_mode: str = setting("whole", choices=tuple(tim.MODES))
+    reply_mode: str = setting("whole", choices=tuple(REPLIES))
     worker_threads: int = setting(64, low=1)  # answers in work at once, per process
     database: str = setting("botserver.db")
     redis_url: str = setting("", secret=True)
@@ -316,7 +325,7 @@ class Work:
     claim: Claim
     message: tim.Message
     call: Call
-    screen: tim.Whole
+    reply: PlainReply
     outcome: str = "sent"  # for the log
     lost: bool = False
 
@@ -451,7 +460,7 @@ class Bot:
     def _begin(self, claim: Claim) -> Work:
         message, call = read_message(claim.data), Call(self.config.ai_timeout)
         mode = self.persona(message.robot).reply_mode or self.config.reply_mode
-        screen = tim.MODES[mode](
+        reply = pkgutil.resolve_name(REPLIES[mode])(
             self.im,
             message,
             claim.seq,
@@ -459,7 +468,7 @@ class Bot:
             lambda progress: self._keep(claim, None, progress),
             self.texts["broken"],
         )
-        work = Work(claim, message, call, screen)
+        work = Work(claim, message, call, reply)
         with self._lock:
             self._work.add(work)
         return work
@@ -471,7 +480,7 @@ class Bot:
             raise Lost
 
     def _ask_and_send(self, work: Work) -> None:
-        claim, screen, began = work.claim, work.screen, time.monotonic()
+        claim, screen, began = work.claim, work.reply, time.monotonic()
         reply = claim.reply
         if reply is None:
             reply, remember = self._own_words(work), False
@@ -482,7 +491,7 @@ class Bot:
             self._keep(claim, reply, screen.progress, remember)
         asked = time.monotonic()
         if reply:
-            screen.close(reply)
+            screen.close(reply, bool(screen.progress.get("failed")))
         sent = time.monotonic()
         self.store.finish(claim)
         logger.info(
@@ -511,15 +520,16 @@ class Bot:
 
     def _ask(self, work: Work) -> tuple[str, bool]:
         """Return what to answer, and whether it belongs into the memory of the chat."""
-        screen, text, shown = work.screen, "", 0.0
+        screen, text, shown = work.reply, "", 0.0
         provider = self.provider(work.message.robot)
         chat = self._chat(work, provider)
-        chunks = provider.chat(chat, work.call, not screen.gap)
+        chunks = provider.chat(chat, work.call, not screen.update_interval)
         try:
             for chunk in chunks:
                 text = chunk if isinstance(chunk, Replace) else text + chunk
-                if screen.gap and time.monotonic() - shown >= screen.gap:
-                    screen.grow(text)
+                gap = screen.update_interval
+                if gap and time.monotonic() - shown >= gap:
+                    screen.update(text)
                     shown = time.monotonic()
             return text, self.config.history_turns > 0
         except ProviderError as error:
@@ -538,7 +548,7 @@ class Bot:
         if error.kind != "stopped":
             details = _without_quotes(str(error), chat)
             logger.warning("no answer for %s: %s", work.claim.id, details)
-            work.screen.progress |= {} if text else {"failed": True}
+            work.claim.progress.update({} if text else {"failed": True})
             why = self.texts["cut"].format(why) if text else why
         return f"{text}\n\n{why}" if text else why
 
@@ -615,8 +625,8 @@ class Bot:
         self._waiting = self.store.stats()["waiting"]
         self._wake(self.store.due(self.config.worker_threads))
         for work in self._at_work():
-            if time.monotonic() - work.screen.spoke > work.screen.idle:
-                self._aside(work.screen.nudge)
+            if time.monotonic() - work.reply.last_sent > work.reply.keep_alive_after:
+                self._aside(work.reply.keep_alive)
         if self._store_down:
             logger.warning("the store works again")
         self._store_down = False

@@ -14,7 +14,7 @@ import pytest
 
 import tim
 import usersig
-from botserver import Config, create_app
+from botserver import REPLIES, Config, create_app
 from simulator import KEY, Simulator, text_body
 
 APPID, TOKEN = 1400000000, "stand-in-token"
@@ -281,7 +281,7 @@ def test_a_final_error_of_im_sets_the_message_aside(im, caplog):
     assert im.sim.wait(1)[0].text.startswith("You said: next")
 
 
-@pytest.mark.parametrize("mode", tim.MODES)
+@pytest.mark.parametrize("mode", REPLIES)
 def test_an_answer_that_breaks_off_says_so(sim, make_app, mode):
     im = Caller(sim, make_app(reply_mode=mode, bot_language="en").test_client())
     sim.ai_answer, sim.ai_pace = (lambda messages: STORY), 0.01
@@ -305,7 +305,7 @@ def test_an_answer_that_breaks_off_says_so(sim, make_app, mode):
 
 
 @pytest.mark.parametrize("how", ["/stop", "停止", "button"])
-@pytest.mark.parametrize("mode", tim.MODES)
+@pytest.mark.parametrize("mode", REPLIES)
 def test_a_stop_ends_the_answer_within_a_second(sim, make_app, mode, how):
     im = Caller(sim, make_app(reply_mode=mode, bot_language="en").test_client())
     sim.ai_answer, sim.ai_pace = (lambda messages: STORY), 0.05
@@ -487,7 +487,7 @@ def test_pictures_go_to_services_that_see(sim, make_app, tmp_path):
     assert len(sim.ai_requests) == 1
 
 
-@pytest.mark.parametrize("kind", sorted(tim.STRANGE))
+@pytest.mark.parametrize("kind", sorted(tim.UNSUPPORTED))
 def test_what_the_bot_cannot_read_gets_a_friendly_sentence(im, kind):
     im.say(MsgBody=[{"MsgType": kind, "MsgContent": {}}])
     assert "看不懂" in im.sim.wait(1)[0].text

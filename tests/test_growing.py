@@ -1,15 +1,35 @@
-"""The reply modes in which an answer grows: modify, custom and stream."""
+"""The replies that grow: an edited message, TUIKit's card, a stream."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-import tim
-from conftest import APPID, Caller, idle, poll
-from simulator import KEY
+from conftest import STORY, Caller, idle, poll
+from growing import CardReply, EditedReply, StreamReply
+from test_replies import (
+    PLACES,
+    SORRY,
+    make_reply,
+    refused_by_filter,
+    tell_sixteen,
+    word_filter,
+)
+
+MODES = {"modify": EditedReply, "custom": CardReply, "stream": StreamReply}
+each_mode = pytest.mark.parametrize("mode", MODES)
+each_place = pytest.mark.parametrize("place", PLACES)
 
 
-@pytest.mark.parametrize("mode", ["modify", "custom", "stream"])
+@each_place
+@each_mode
+def test_every_mode_ends_closed_and_true_while_im_fails(sim, make_app, mode, place):
+    answers = tell_sixteen(sim, make_app, mode, place)
+    assert sum(len(messages[0].states) for messages in answers) > 2 * 16  # they grew
+
+
+@each_mode
 def test_a_growing_mode_that_im_refuses_becomes_plain_text(sim, make_app, mode):
     im = Caller(sim, make_app(reply_mode=mode).test_client())
     refused = {"modify": "TIMTextElem", "custom": "TIMCustomElem"}.get(mode)
@@ -38,41 +58,46 @@ def test_a_failure_in_custom_mode_is_shown_as_one(sim, make_app):
     assert sim.delivered[0].failed and sim.delivered[0].closed
 
 
-def test_a_stream_is_kept_alive_only_while_it_is_open(sim, monkeypatch):
-    client = tim.Client(sim.url, APPID, KEY, "administrator")
-    message = tim.Message("id", "@RBT#001", "jared", "hi")
-    stream = tim.Streamed(client, message, 1, {}, lambda progress: None)
-    stream.nudge()
+def test_a_stream_is_kept_alive_only_while_it_is_open(sim):
+    stream = make_reply(sim, StreamReply)
+    stream.keep_alive()
     assert not sim.calls
     stream.open()
-    stream.grow("half")
-    stream.nudge()
+    stream.update("half")
     assert sim.delivered[0].index == 2
-    monkeypatch.setattr(stream, "idle", 0.0)
-    stream.nudge()
+    assert stream.keep_alive_after < 15
+    stream.keep_alive()
     assert (sim.delivered[0].index, sim.delivered[0].text) == (3, "half")
     stream.close("half and half")
-    stream.nudge()
+    assert stream.keep_alive_after == math.inf
+    stream.keep_alive()
     assert (sim.delivered[0].index, sim.delivered[0].closed) == (4, True)
     assert [m.text for m in sim.delivered] == ["half and half"]
 
 
+def test_a_stream_is_not_kept_alive_while_a_chunk_is_on_its_way(sim):
+    stream = make_reply(sim, StreamReply)
+    stream.open()
+    with stream._lock:
+        stream.keep_alive()  # it would wait for ever
+    assert len(sim.calls) == 1
+
+
 @pytest.mark.parametrize("died", ["as it kept the answer", "as it sent the answer"])
 def test_a_stream_that_a_dead_process_began_does_not_swallow_the_answer(sim, died):
-    client = tim.Client(sim.url, APPID, KEY, "administrator")
-    message, saved = tim.Message("id", "@RBT#001", "jared", "hi"), {}
-    tim.Streamed(client, message, 7, {}, saved.update).open()
+    saved = {}
+    make_reply(sim, StreamReply, saved=saved).open()
     if died == "as it sent the answer":
         saved |= {"said": "", "index": 1}
         sim.delivered[0].time -= 20  # Tencent has closed it meanwhile
         faults = ["lost"]
         sim.fault = lambda command, body: faults and faults.pop()
-    tim.Streamed(client, message, 7, dict(saved), saved.update).close("the answer")
+    make_reply(sim, StreamReply, progress=saved, saved=saved).close("the answer")
     assert "the answer" in sim.delivered[-1].text
     assert all(message.closed for message in sim.delivered)
 
 
-@pytest.mark.parametrize("mode", ["modify", "custom", "stream"])
+@each_mode
 def test_an_opening_that_im_took_but_did_not_confirm_is_not_left_open(
     sim, make_app, mode
 ):
@@ -83,3 +108,95 @@ def test_an_opening_that_im_took_but_did_not_confirm_is_not_left_open(
     poll(lambda: not faults and idle(im))
     assert [message.closed for message in sim.delivered] == [True]
     assert sim.delivered[0].text.startswith("You said: hello")
+
+
+@each_place
+@each_mode
+def test_an_answer_that_im_refuses_is_closed_with_a_sentence(sim, mode, place):
+    reply = make_reply(sim, MODES[mode], place)
+    sim.fault = word_filter
+    reply.open()
+    reply.update("this is ")
+    reply.update("this is forbidden")
+    with refused_by_filter():
+        reply.close("this is forbidden.")
+    reply.give_up(SORRY)
+    reply.give_up(SORRY)  # again, as after a crash
+    [message] = sim.delivered
+    assert message.closed and message.text.endswith(SORRY)
+    assert message.failed == (mode == "custom")
+    kept = "this is \n\n" if mode == "stream" else ""
+    mention = "@jared " if place == "group" else ""
+    assert message.text == mention + kept + SORRY
+
+
+@each_place
+@each_mode
+def test_another_process_gives_up_what_a_dead_one_began(sim, mode, place):
+    saved = {}
+    dead = make_reply(sim, MODES[mode], place, saved=saved)
+    dead.open()
+    dead.update("this is")
+    for _ in range(2):
+        make_reply(sim, MODES[mode], place, progress=saved, saved=saved).give_up(SORRY)
+    [message] = sim.delivered
+    assert message.closed and message.text.endswith(SORRY)
+
+
+@each_mode
+def test_giving_up_before_there_is_a_message_sends_one(sim, mode):
+    reply = make_reply(sim, MODES[mode])
+    sim.fault = lambda command, body: 10004
+    reply.open()
+    sim.fault = lambda command, body: None
+    reply.give_up(SORRY)
+    reply.give_up(SORRY)
+    assert [m.text for m in sim.delivered] == [SORRY]
+
+
+@each_place
+@pytest.mark.parametrize("mode", ["modify", "custom"])
+def test_a_first_part_that_is_shown_stays_when_the_second_is_refused(sim, mode, place):
+    reply = make_reply(sim, MODES[mode], place)
+    sim.fault = word_filter
+    reply.open()
+    first = "a" * 8500
+    for _ in range(2):
+        with refused_by_filter():
+            reply.close(f"{first}\n\nforbidden " + "b" * 8000)
+    reply.give_up(SORRY)
+    assert len(sim.delivered) == 2
+    assert all(m.closed and not m.failed for m in sim.delivered)
+    assert first in sim.delivered[0].text and sim.delivered[1].text.endswith(SORRY)
+
+
+@pytest.mark.parametrize("mode", ["modify", "custom"])
+def test_a_last_edit_that_im_refuses_leaves_nothing_open(sim, mode):
+    reply = make_reply(sim, MODES[mode])
+    reply.open()
+    sim.fault = lambda command, body: (
+        90054 if "modify" in command and "answer" in str(body) else None
+    )
+    reply.close("the answer")
+    assert [m.text for m in sim.delivered] == ["(replaced)", "the answer"]
+    assert all(m.closed for m in sim.delivered)
+
+
+def test_a_stream_that_becomes_plain_text_says_nothing_twice_after_a_crash(sim):
+    saved = {}
+    reply = make_reply(sim, StreamReply, saved=saved)
+    reply.open()
+    reply.update(STORY[:400])
+    rest = STORY[400:] * 20
+    sim.fault = lambda command, body: 10004 if "stream" in command else None
+    reply.update(STORY + rest)
+    sim.fault = lambda command, body: (
+        80001 if "stream" in command or len(sim.delivered) == 2 else None
+    )
+    with refused_by_filter():
+        reply.close(STORY + rest)
+    sim.fault = lambda command, body: None
+    again = make_reply(sim, StreamReply, progress=saved, saved=saved)
+    again.close(STORY + rest)
+    shown = "".join(m.text for m in sim.delivered)
+    assert "".join(shown.split()) == "".join((STORY + rest).split())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 import time
 
 import pytest
@@ -11,7 +13,7 @@ import responses
 import tim
 import usersig
 from conftest import APPID
-from simulator import KEY, text_body
+from simulator import KEY, c2c_event, free_port, text_body
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,14 @@ def test_a_field_of_the_wrong_type_is_named(im, field, value):
     assert answer.status_code == 400
     info = answer.get_json()["ErrorInfo"]
     assert field in info or "TIMTextElem" in info
+
+
+@pytest.mark.parametrize("robot", ["@RBT#002", "@rbt#002"])
+def test_what_robots_write_is_ignored(im, robot):
+    assert im.say("hello", user=robot).status_code == 200
+    im.say("hello")
+    [answer] = im.sim.wait(1)
+    assert answer.chat == "jared" and len(im.sim.ai_requests) == 1
 
 
 def test_a_usersig_that_expired_is_made_anew_once(sim):
@@ -105,7 +115,144 @@ def test_create_robot_makes_one_that_can_be_written_to(im):
 
 def test_an_answer_of_tencents_that_is_cut_is_a_call_that_brought_none(ai_socket):
     server = ai_socket(b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{")
-    client = tim.Client(server.url, APPID, KEY, "administrator")
+    error = failure(server.url)
+    assert error.code == tim.NETWORK and error.retry
+
+
+def failure(url, **options):
+    client = tim.Client(url, APPID, KEY, "administrator")
     with pytest.raises(tim.IMError) as caught:
-        client.call("openim/sendmsg", {}, waits=())
-    assert caught.value.code == tim.NETWORK and caught.value.retry
+        client.call("openim_robot_http_svc/get_all_robots", {}, **options or NO_WAITS)
+    assert "usersig" not in str(caught.value)
+    return caught.value
+
+
+NO_WAITS = {"waits": ()}
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def drip(head, drop):
+    """Return a script of a server that sends a little ten times a second, for long."""
+
+    def script(connection):
+        connection.sendall(head)
+        for _ in range(100):
+            connection.sendall(drop)
+            time.sleep(0.1)
+
+    return script
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        drip(HEAD, b"X-Header: x\r\n"),
+        drip(HEAD + b"Content-Length: 9000\r\n\r\n", b" "),
+        drip(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        drip(HEAD + b"\r\n", b" "),
+        drip(b"", b""),
+    ],
+    ids=["headers", "body", "chunks", "until the end", "nothing"],
+)
+def test_an_answer_of_tencents_that_drips_cannot_hold_a_thread(
+    ai_socket, monkeypatch, script
+):
+    monkeypatch.setattr(tim, "CALL_TIMEOUT", 0.5)
+    began = time.monotonic()
+    error = failure(ai_socket(script).url)
+    assert time.monotonic() - began < 2
+    assert error.retry and error.may_have_arrived
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\nno", HEAD + b"\r\n{"],
+    ids=["cut before it", "of a proxy", "cut within it"],
+)
+def test_a_call_without_tencents_answer_may_have_arrived(ai_socket, answer):
+    error = failure(ai_socket(answer).url)
+    assert error.retry and error.may_have_arrived
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{}",
+        "https://127.0.0.1:{}",
+        "http://no-such-host.invalid",
+        "https://a..b",
+        "https://.de",
+        "http://[::1",
+    ],
+)
+def test_a_call_that_finds_no_connection_has_not_arrived(monkeypatch, url):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    error = failure(url.format(free_port()))
+    assert error.retry and not error.may_have_arrived
+
+
+def test_a_call_that_finds_no_tls_has_not_arrived():
+    def serve():
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+            connection.recv(9000)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        error = failure(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+    assert error.retry and not error.may_have_arrived
+
+
+@pytest.mark.parametrize(
+    ("faults", "arrived"),
+    [
+        ([80001], False),
+        ([60007, 60007], False),
+        (["late", 80001], True),
+        (["lost", 60007], True),
+        ([70001, 80001], False),
+        (["late", 70001, 80001], True),
+    ],
+)
+def test_a_call_may_have_arrived_if_one_of_its_tries_may(sim, faults, arrived):
+    left = list(faults)
+    sim.fault = lambda command, body: left.pop(0)
+    error = failure(sim.url, waits=[0] * (sum(f != 70001 for f in faults) - 1))
+    assert not left
+    assert error.may_have_arrived == arrived
+
+
+@pytest.mark.parametrize(
+    ("code", "retry", "about_message"),
+    [
+        (tim.NETWORK, True, False),
+        (60007, True, False),
+        (91000, True, False),
+        (90994, True, True),
+        (90995, True, True),
+        (20028, True, True),
+        (80001, False, False),
+        (70001, False, False),
+        (12345, False, False),
+    ],
+)
+def test_a_code_says_whether_to_try_again_and_whom_it_concerns(
+    code, retry, about_message
+):
+    error = tim.IMError("openim/sendmsg", code, "")
+    assert (error.retry, error.about_message) == (retry, about_message)
+
+
+def test_a_button_that_stops_stops_whatever_else_is_sent():
+    button = {"Data": '{"chatbotPlugin": 2, "src": 22}'}
+    body = [
+        {"MsgType": "TIMCustomElem", "MsgContent": button},
+        {"MsgType": "TIMFaceElem", "MsgContent": {}},
+    ]
+    event = c2c_event("jared", "@RBT#001", "") | {"MsgBody": body}
+    assert [m.kind for m in tim.parse("Bot.OnC2CMessage", event)] == ["stop"]

@@ -1,0 +1,246 @@
+"""Replies that grow in the chat: edited text, TUIKit's AI card, Tencent's own stream.
+
+An option: without it, delete this file and its lines in REPLIES. Where IM refuses to
+let a message grow, its text goes as plain messages, as PlainReply sends it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from replies import PlainReply, split
+from tim import PAUSES, IMError, Json, chat_fields, numbers, text_element
+
+KEEP_ALIVE = 8.0  # seconds without a chunk; Tencent closes a stream after 15
+# Chunks of a stream are numbered from 1. A last chunk that has to be the same at each
+# try, also by a process that does not know what was sent before, begins here.
+ORPHANED, GIVEN_UP = 100_000, 200_000
+
+logger = logging.getLogger(__name__)
+
+
+class GrowingReply(PlainReply):
+    """What the replies below share."""
+
+    @contextmanager
+    def _or_plain(self) -> Iterator[None]:
+        """Go on with plain messages if IM refuses; raise what another try may mend."""
+        try:
+            yield
+        except (IMError, KeyError) as error:
+            if isinstance(error, IMError) and error.retry:
+                raise
+            logger.warning("%s is not shown growing: %s", self.message.id, error)
+            self.progress["plain"] = True
+            self.keep_alive_after = math.inf
+
+
+class EditedReply(GrowingReply):
+    """A message that is edited until it holds the answer, or its first part."""
+
+    update_interval = 1.0
+
+    def open(self) -> None:
+        if "key" in self.progress:
+            return
+        first = self.element("", finished=False)
+        with self._or_plain():
+            # The same bytes at each try: after a crash, Tencent tells its key again.
+            answer = self.client.send(self.message, first, self.order, 0, mention=True)
+            self._note(key=answer["MsgSeq" if self.message.group else "MsgKey"])
+
+    def update(self, text: str) -> None:
+        if "key" in self.progress:
+            try:
+                self._modify(self.element(self._split(text)[0], finished=False), ())
+            except IMError as error:
+                logger.info("%s: an edit failed: %s", self.message.id, error)
+
+    def close(self, text: str, failed: bool = False) -> None:
+        parts = self._split(text)
+        shown = "closed" in self.progress or self._finish(parts[0], failed)
+        if shown:
+            self.progress["closed"] = True
+        else:
+            self._finish(self.replaced, failed=False)
+        self._send_parts(parts, int(shown))
+
+    def give_up(self, text: str) -> None:
+        # A message that was closed holds the first part of the answer, and keeps it.
+        if "closed" in self.progress or not self._finish(self._mention + text, True):
+            super().give_up(text)
+
+    def _finish(self, text: str, failed: bool) -> bool:
+        """Edit the message for the last time; return whether it shows the text."""
+        if "key" in self.progress:
+            with self._or_plain():
+                self._modify(self.element(text, True, failed), PAUSES)
+                return True
+        return False
+
+    def _modify(self, element: Json, waits: Sequence[float]) -> None:
+        """Replace what the message shows.
+
+        https://www.tencentcloud.com/document/product/1047/47722 (one-to-one)
+        https://www.tencentcloud.com/document/product/1047/47948 (group)
+        """
+        kind, key = ("group", "MsgSeq") if self.message.group else ("c2c", "MsgKey")
+        body = chat_fields(self.message) | {key: self.progress["key"]}
+        body["MsgBody"] = [element]
+        self.client.call(f"openim/modify_{kind}_msg", body, waits)
+
+    def element(self, text: str, finished: bool, failed: bool = False) -> Json:
+        """Return the element that shows `text`."""
+        return text_element(text if finished else f"{text}…")
+
+
+class CardReply(EditedReply):
+    """The element that Tencent's TUIKit draws as an AI's answer, with a stop button.
+
+    https://cloud.tencent.com/document/product/269/122036
+    """
+
+    def element(self, text: str, finished: bool, failed: bool = False) -> Json:
+        data: Json = {"chatbotPlugin": 2, "src": 2, "chunks": [text] if text else []}
+        if failed:
+            data = {"chatbotPlugin": 2, "src": 23, "errorInfo": text}
+        shown = json.dumps(data | {"isFinished": int(finished)}, ensure_ascii=False)
+        content = {"Data": shown, "Desc": text[:50] or "…"}
+        return {"MsgType": "TIMCustomElem", "MsgContent": content}
+
+
+class StreamReply(GrowingReply):
+    """Tencent's own streaming message, to which text can only be added."""
+
+    update_interval = 0.2
+    keep_alive_after = KEEP_ALIVE
+    limit = 100_000  # bytes; Tencent refuses a stream of 128 KB
+    old_client = "…"  # what clients show that know no streams
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._lock = threading.Lock()  # held while a chunk is on its way
+        self._said = self.progress.get("said", "")  # and confirmed by Tencent
+        self._pending: str | None = None  # sent, but not confirmed
+        self._index = self.progress.get("index", 0)
+        self._confirmed = -math.inf  # when Tencent last took a chunk of ours
+
+    def open(self) -> None:
+        with self._or_plain():
+            if "key" not in self.progress:
+                self._note(key=self._push("", waits=PAUSES)["StreamMsgID"])
+            elif self._index == 0:  # of a dead process: nobody knows what it has said
+                self._cut(self.replaced, ORPHANED)
+                self.progress["plain"] = True
+
+    def update(self, text: str) -> None:
+        text = self._split(text)[0]
+        with self._lock:
+            if text != self._said and text.startswith(self._said):
+                self._add(text[len(self._said) :])
+
+    def keep_alive(self) -> None:
+        if self._lock.acquire(blocking=False):  # else a chunk is on its way
+            try:
+                if self.keep_alive_after < math.inf:  # it was not closed meanwhile
+                    self._add("")
+            finally:
+                self._lock.release()
+
+    def close(self, text: str, failed: bool = False) -> None:
+        parts, complete = self._split(text), False
+        with self._lock:
+            self.keep_alive_after = math.inf
+            if self._grows():
+                self.open()  # if a process died after the answer was saved
+            if "key" in self.progress:
+                self._note(said=self._said, index=self._index)
+            if self._grows():
+                with self._or_plain():
+                    complete = self._complete(parts[0])
+        if complete:
+            return self._send_parts(parts, 1)
+        # What the stream does not show goes as plain messages.
+        self.progress["said"] = self._said
+        text = "".join(parts)
+        known = len(self._said) if text.startswith(self._said) else 0
+        self._send_parts(split(text[known:]), 0)
+
+    def give_up(self, text: str) -> None:
+        with self._lock:
+            self.keep_alive_after = math.inf
+            if "key" in self.progress:
+                with self._or_plain():
+                    return self._cut(text, GIVEN_UP)
+        super().give_up(text)
+
+    def _grows(self) -> bool:
+        return "key" in self.progress and "plain" not in self.progress
+
+    def _add(self, text: str) -> None:
+        """Push what is pending, else `text`; if it fails, the next one tries again."""
+        if self._grows():
+            with suppress(IMError), self._or_plain():
+                self._push(text if self._pending is None else self._pending)
+
+    def _complete(self, text: str) -> bool:
+        """Say the rest and close the stream; return whether it shows the text.
+
+        In doubt, as after a crash, the end may be said twice: better than never.
+        """
+        fresh = time.monotonic() - self._confirmed < KEEP_ALIVE
+        try:
+            if self._pending is not None:
+                self._push(self._pending, waits=PAUSES)
+            fits = text.startswith(self._said)
+            rest = text[len(self._said) :] if fits else f"\n\n{self.replaced}"
+            self._push(rest, last=True, waits=PAUSES)
+            return fits
+        except IMError as error:
+            if error.may_have_arrived and fresh and not error.retry:
+                return True  # an earlier try has closed the stream
+            raise
+
+    def _cut(self, text: str, index: int) -> None:
+        """Close the stream with one more paragraph, whatever was said before."""
+        self._index, self._pending = index, None
+        self._push(f"\n\n{text}", last=True, waits=PAUSES)
+
+    def _push(self, text: str, last: bool = False, waits: Sequence[float] = ()) -> Json:
+        """Send a chunk and return Tencent's answer.
+
+        https://cloud.tencent.com/document/product/269/128596 (one-to-one)
+        https://cloud.tencent.com/document/product/269/128597 (group)
+        """
+        if self._pending is None:
+            self._index += 1
+        self._pending, self.last_sent = text, time.monotonic()
+        chunk: Json = {"EventType": "data", "Index": self._index}
+        chunk |= {"Markdown": text, "IsLast": last}
+        content: Json = {"CompatibleText": self.old_client, "Chunks": [chunk]}
+        if "key" in self.progress:
+            content["StreamMsgID"] = self.progress["key"]
+        answer = self._call(content, waits)
+        self._said, self._pending = self._said + text, None
+        self._confirmed = time.monotonic()
+        return answer
+
+    def _call(self, content: Json, waits: Sequence[float]) -> Json:
+        message, kind = self.message, "group"
+        seq, msg_random = numbers(message.id, self.order, 0)
+        body = chat_fields(message) | {
+            "From_Account": message.robot,
+            "MsgRandom": msg_random,
+            "MsgBody": [{"MsgType": "TIMStreamElem", "MsgContent": content}],
+        }
+        if not message.group:
+            body |= {"MsgSeq": seq, "SyncOtherMachine": 2}
+            kind = "c2c"
+        return self.client.call(f"stream_msg/send_{kind}_stream_msg", body, waits)

@@ -1,0 +1,169 @@
+"""How an answer is shown: split into messages that IM takes, and sent when complete.
+
+PlainReply is the whole contract of a reply: the bot calls `open`, then `update` at
+every `update_interval`, then `close`. Another way to show an answer is a subclass, and
+a line in REPLIES; growing.py has three. What a reply needs after a crash stands in
+`progress`, and every message has the same numbers at each try, so that Tencent drops
+what it has already.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any
+
+from tim import PARTS, Client, Json, Message, text_element
+
+PART_BYTES = 9000  # of UTF-8 JSON in one message; Tencent refuses more than 12 KB
+LAST_PART = PARTS - 1  # its numbers are for the sentence of give_up
+
+_BREAKS = [r"\n\s*\n", r"\n", r"[。！？!?；;]+|\.\s", r"[，,、\s]"]
+_FLAGS = re.compile("[\U0001f1e6-\U0001f1ff]+\\Z")
+_FENCE = re.compile(r"^ {0,3}(```+|~~~+)[^`\n]*$", re.MULTILINE)
+_TABLE = re.compile(r"(?:^|\n)(\|.*\n\|[ :|-]+\n)(?:\|.*\n)*\Z")
+
+
+class PlainReply:
+    """A reply that is sent when it is complete, in as many messages as it needs.
+
+    `open`, `close` and `give_up` raise IMError; if its `retry` says so, the same call
+    may be made again, also by another process.
+    """
+
+    update_interval = 0.0  # seconds between two updates; 0 if it does not grow
+    keep_alive_after = math.inf  # seconds of silence, after which keep_alive is due
+    limit = PART_BYTES
+
+    def __init__(
+        self,
+        client: Client,
+        message: Message,
+        order: int,
+        progress: Json,
+        save: Callable[[Json], None],
+        replaced: str,
+    ) -> None:
+        self.client, self.message, self.order = client, message, order
+        self.progress = progress  # what an earlier process did, and what we do
+        self._save = save
+        self.replaced = replaced  # what to say below text that another text replaces
+        self.last_sent = time.monotonic()
+        self.parts = 0  # of the answer, when it is closed
+        self._mention = f"@{message.user} " if message.group else ""
+
+    def open(self) -> None:
+        """Show that an answer is coming."""
+
+    def update(self, text: str) -> None:
+        """Show the answer so far."""
+
+    def keep_alive(self) -> None:
+        """Show a sign of life, where Tencent would else close the message."""
+
+    def close(self, text: str, failed: bool = False) -> None:
+        """Show the whole answer, marked as complete.
+
+        If it `failed`, the text is no answer but says why there is none.
+        """
+        self._send_parts(self._split(text), 0)
+
+    def give_up(self, text: str) -> None:
+        """Show this sentence instead of an answer that IM refuses for good."""
+        self._send(self._mention + text, LAST_PART, mention=True)
+
+    def _split(self, text: str) -> list[str]:
+        return split(self._mention + text, self.limit)
+
+    def _send_parts(self, parts: list[str], first: int) -> None:
+        self.parts = len(parts)
+        for number in range(max(first, self.progress.get("sent", 0)), len(parts)):
+            if text := parts[number].strip("\n"):
+                # Number 0 is that of a growing message.
+                self._send(text, number + 1, mention=number == 0)
+            if number + 1 < len(parts):
+                self._note(sent=number + 1)
+
+    def _send(self, text: str, number: int, mention: bool) -> None:
+        element = text_element(text)
+        self.client.send(self.message, element, self.order, number, mention)
+
+    def _note(self, **progress: Any) -> None:
+        self.progress |= progress
+        self._save(self.progress)
+
+
+def split(text: str, limit: int = PART_BYTES) -> list[str]:
+    """Return the text in parts of at most `limit` bytes as `measure` counts them.
+
+    It breaks at paragraphs, lines, sentences, words or characters, whichever is found
+    first in the second half of a part. A code block or a table that is cut is closed
+    and opened again; apart from that the parts are the text.
+    """
+    parts, again = [], ""
+    while len(text) > limit or measure(again + text) > limit:
+        end = _break(text, _fitting(again, text, limit - 20))
+        part, text = again + text[:end], text[end:]
+        closing, again = _reopen(part, limit)
+        parts.append(part + closing)
+    return [*parts, again + text]
+
+
+def measure(text: str) -> int:
+    """Return the bytes of a text in JSON within JSON, as a custom element holds it."""
+    inner = json.dumps(text, ensure_ascii=False)
+    return len(json.dumps(inner, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _fitting(again: str, text: str, limit: int) -> int:
+    """Return how many characters of the text fit, at least one."""
+    counts = range(1, min(len(text), limit) + 1)
+    return max(1, bisect_right(counts, limit, key=lambda n: measure(again + text[:n])))
+
+
+def _break(text: str, end: int) -> int:
+    """Return the best place to cut, at most `end`."""
+    half = text[end // 2 : end]
+    for pattern in _BREAKS:
+        for found in reversed([*re.finditer(pattern, half)]):
+            if _boundary(text, end // 2 + found.end()):
+                return end // 2 + found.end()
+    nearby = range(end, max(0, end - 200), -1)
+    return next((place for place in nearby if _boundary(text, place)), end)
+
+
+def _boundary(text: str, place: int) -> bool:
+    """Return whether no grapheme spans this place."""
+    before, after = text[place - 1], text[place : place + 1]
+    if not after:
+        return True
+    flags = _FLAGS.search(text, max(0, place - 50), place)
+    return not (
+        "\u200d" in (before, after)  # a family of emoji
+        or unicodedata.category(after)[0] == "M"  # an accent, a keycap
+        or "\U0001f3fb" <= after <= "\U0001f3ff"  # a skin tone
+        or "\U000e0020" <= after <= "\U000e007f"  # a tag, as of Scotland's flag
+        or ("\u1100" <= before <= "\u11ff" and "\u1100" <= after <= "\u11ff")  # jamo
+        or (flags and len(flags[0]) % 2 and _FLAGS.match(after))  # half of a flag
+        or before + after == "\r\n"
+    )
+
+
+def _reopen(part: str, limit: int) -> tuple[str, str]:
+    """Return what closes a code block or table that a part cuts, what reopens it."""
+    fence = ""
+    for found in _FENCE.finditer(part):
+        fence = "" if fence else found[0]
+    closing, again = "", ""
+    if fence:
+        mark = fence.strip()[:3]
+        closing = mark if part.endswith("\n") else f"\n{mark}"
+        again = f"{fence}\n"
+    elif table := _TABLE.search(part):
+        again = table[1]
+    return (closing, again) if measure(again) < limit // 4 else (closing, "")
