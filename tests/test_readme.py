@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 
+import botserver
 import providers
 import store
-import tim
 from botserver import Config
 from conftest import HERE, Caller, poll
+from replies import PlainReply
 
 READMES = [HERE / "README.md", HERE / "README.zh-CN.md"]
 
@@ -51,11 +54,14 @@ def test_the_examples_of_the_readme_work(readme, sim, make_app, tmp_path, monkey
         "replace": replace,
         "PROVIDERS": dict(providers.PROVIDERS),
     }
-    names |= {"MODES": dict(tim.MODES), "Whole": tim.Whole}
+    names |= {"REPLIES": botserver.REPLIES, "PlainReply": PlainReply}
     names |= {"Service": providers.Service, "openai_chat": providers.openai_chat}
     names |= {"SQLiteStore": store.SQLiteStore}
+    monkeypatch.setitem(botserver.REPLIES, "signed", "")
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace())
     for block in blocks:
         exec(block, names)
+    sys.modules["mine"].Signed = names["Signed"]
     mine = providers.Provider(names["PROVIDERS"]["mine"])
     assert mine.body()["temperature"] == 0.5
     dice = providers.Provider(
@@ -64,7 +70,6 @@ def test_the_examples_of_the_readme_work(readme, sim, make_app, tmp_path, monkey
     for text, answer in [("/dice", r"🎲 [1-6]"), ("hello", r"You said: hello .*")]:
         chat = dice.chat([{"role": "user", "content": text}], providers.Call(5))
         assert re.fullmatch(answer, providers.joined(chat))
-    monkeypatch.setattr(tim, "MODES", names["MODES"])
     monkeypatch.chdir(tmp_path)
     app = make_app(reply_mode="signed")
     app.extensions["bot"].store = names["AuditedStore"](str(tmp_path / "audited.db"))
