@@ -103,7 +103,7 @@ class IMError(Exception):
 
     `retry`: the same call may succeed later; `about_message`: but only if soon, as the
     trouble is with this one message; `may_have_arrived`: this try, or one before it,
-    may have had its effect all the same.
+    may have had its effect all the same, so that another might show a message twice.
     """
 
     def __init__(

@@ -216,6 +216,16 @@ def test_a_stream_that_becomes_plain_text_says_nothing_twice_after_a_crash(
     assert "".join(shown.split()) == "".join(answer.split())
 
 
+@pytest.mark.parametrize("mode", ["modify", "custom"])
+def test_an_edit_can_be_made_again_however_late(sim, mode):
+    reply = make_reply(sim, MODES[mode])
+    reply.open()
+    sim.fault = lambda command, body: "late"
+    with pytest.raises(IMError) as caught:
+        reply.close("the answer")
+    assert caught.value.retry and not caught.value.may_have_arrived
+
+
 def test_a_stream_that_was_not_closed_is_closed_by_another_process(sim):
     saved = {}
     reply = make_reply(sim, StreamReply, saved=saved)
