@@ -94,7 +94,11 @@ class EditedReply(GrowingReply):
         kind, key = ("group", "MsgSeq") if self.message.group else ("c2c", "MsgKey")
         body = chat_fields(self.message) | {key: self.progress["key"]}
         body["MsgBody"] = [element]
-        self.client.call(f"openim/modify_{kind}_msg", body, waits)
+        try:
+            self.client.call(f"openim/modify_{kind}_msg", body, waits)
+        except IMError as error:
+            error.may_have_arrived = False  # an edit made twice shows the same
+            raise
 
     def element(self, text: str, finished: bool, failed: bool = False) -> Json:
         """Return the element that shows `text`."""

@@ -20,10 +20,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote
 
 import requests
-from urllib3.exceptions import HTTPError, MaxRetryError
+from urllib3.exceptions import MaxRetryError
 
 from session import CallEnded, CancelScope, open_session
 from usersig import gen_user_sig
@@ -36,7 +36,6 @@ PAUSES = (0.3, 1.5)  # seconds before the second and the third try of a call
 SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of that
 PARTS = 1024  # numbers set apart for the messages of one answer
 FORBID = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
-HEADERS = {"Content-Type": "application/json"}
 
 UNSUPPORTED = {  # what a user may send and no AI is asked about
     *("TIMSoundElem", "TIMFileElem", "TIMVideoFileElem"),
@@ -104,7 +103,7 @@ class IMError(Exception):
 
     `retry`: the same call may succeed later; `about_message`: but only if soon, as the
     trouble is with this one message; `may_have_arrived`: this try, or one before it,
-    may have had its effect all the same.
+    may have had its effect all the same, so that another might show a message twice.
     """
 
     def __init__(
@@ -371,16 +370,16 @@ class Client:
                     raise
 
     def _post(self, command: str, data: bytes, sig: str) -> Json:
-        query = {"sdkappid": self.sdkappid, "identifier": self.admin, "usersig": sig}
-        query |= {"random": random.getrandbits(32), "contenttype": "json"}
-        url = f"{self.url}/v4/{command}?{urlencode(query)}"
+        url = (
+            f"{self.url}/v4/{command}?sdkappid={self.sdkappid}&contenttype=json"
+            f"&identifier={quote(self.admin)}&usersig={quote(sig)}"
+            f"&random={random.getrandbits(32)}"
+        )
         limits = (CONNECT_TIMEOUT, CALL_TIMEOUT)
         try:
             with CancelScope(CALL_TIMEOUT):
-                response = self._session.post(
-                    url, data, headers=HEADERS, timeout=limits
-                )
-        except (requests.RequestException, HTTPError, CallEnded) as error:
+                response = self._session.post(url, data, headers={}, timeout=limits)
+        except (requests.RequestException, CallEnded) as error:
             # Its text holds the URL with the UserSig: only its name may be told.
             reason = f"no answer ({type(error).__name__})"
             raise IMError(command, NETWORK, reason, _was_sent(error)) from None

@@ -16,6 +16,7 @@ from test_replies import (
     tell_sixteen,
     word_filter,
 )
+from tim import IMError
 
 MODES = {"modify": EditedReply, "custom": CardReply, "stream": StreamReply}
 each_mode = pytest.mark.parametrize("mode", MODES)
@@ -72,6 +73,7 @@ def test_a_stream_is_kept_alive_only_while_it_is_open(sim):
     assert stream.keep_alive_after == math.inf
     stream.keep_alive()
     assert (sim.delivered[0].index, sim.delivered[0].closed) == (4, True)
+    assert len(sim.calls) == 4
     assert [m.text for m in sim.delivered] == ["half and half"]
 
 
@@ -182,21 +184,58 @@ def test_a_last_edit_that_im_refuses_leaves_nothing_open(sim, mode):
     assert all(m.closed for m in sim.delivered)
 
 
-def test_a_stream_that_becomes_plain_text_says_nothing_twice_after_a_crash(sim):
+@pytest.mark.parametrize("refused", ["as it grows", "as it is closed"])
+def test_a_stream_that_becomes_plain_text_says_nothing_twice_after_a_crash(
+    sim, refused
+):
+    saved, answer = {}, STORY * 20
+    faults = {"open": [None], "grow": [None, 10004], "close": [80001]}
+    if refused == "as it is closed":  # which first confirms what was pending
+        faults = {"open": [None], "grow": ["lost"], "close": [None, 10004, 80001]}
+    plain = []
+
+    def fault(command, body):
+        if "stream" in command:
+            return left.pop(0)
+        plain.append(body)
+        return None if len(plain) == 1 else 80001
+
+    sim.fault = fault
+    reply = make_reply(sim, StreamReply, saved=saved)
+    left = faults["open"]
+    reply.open()
+    left = faults["grow"]
+    for end in range(400, 400 * len(left) + 1, 400):
+        reply.update(answer[:end])
+    left = faults["close"]
+    with refused_by_filter():
+        reply.close(answer)
+    sim.fault = lambda command, body: 10004 if "stream" in command else None
+    make_reply(sim, StreamReply, progress=saved, saved=saved).close(answer)
+    shown = "".join(m.text for m in sim.delivered)
+    assert "".join(shown.split()) == "".join(answer.split())
+
+
+@pytest.mark.parametrize("mode", ["modify", "custom"])
+def test_an_edit_can_be_made_again_however_late(sim, mode):
+    reply = make_reply(sim, MODES[mode])
+    reply.open()
+    sim.fault = lambda command, body: "late"
+    with pytest.raises(IMError) as caught:
+        reply.close("the answer")
+    assert caught.value.retry and not caught.value.may_have_arrived
+
+
+def test_a_stream_that_was_not_closed_is_closed_by_another_process(sim):
     saved = {}
     reply = make_reply(sim, StreamReply, saved=saved)
     reply.open()
-    reply.update(STORY[:400])
-    rest = STORY[400:] * 20
-    sim.fault = lambda command, body: 10004 if "stream" in command else None
-    reply.update(STORY + rest)
-    sim.fault = lambda command, body: (
-        80001 if "stream" in command or len(sim.delivered) == 2 else None
-    )
-    with refused_by_filter():
-        reply.close(STORY + rest)
+    reply.update("half")
+    sim.fault = lambda command, body: "late"
+    with pytest.raises(IMError) as caught:
+        reply.close("half and half")
+    assert caught.value.retry and caught.value.may_have_arrived
     sim.fault = lambda command, body: None
-    again = make_reply(sim, StreamReply, progress=saved, saved=saved)
-    again.close(STORY + rest)
-    shown = "".join(m.text for m in sim.delivered)
-    assert "".join(shown.split()) == "".join((STORY + rest).split())
+    make_reply(sim, StreamReply, progress=saved, saved=saved).close("half and half")
+    assert [m.text for m in sim.delivered] == ["half and half"]
+    assert sim.delivered[0].closed
