@@ -36,7 +36,8 @@ from werkzeug.exceptions import HTTPException
 
 import providers
 import tim
-from providers import PROVIDERS, Call, Provider, ProviderError, Replace
+from providers import PROVIDERS, Provider, ProviderError
+from session import CancelScope, open_session
 from store import ANY, MINUTE, REMEMBERED, Claim, Store, StoreError, open_store
 from usersig import BadSignature, check_callback, gen_user_sig
 
@@ -79,6 +80,7 @@ TEXTS = {
         "quota": "AI 服务的额度已用完，请联系管理员。",
         "filter": "这个问题我不能回答，请换个话题。",
         "long": "对话太长了，请发送 /clear 重新开始。",
+        "length": "（回答太长，到这里被截断了。发送“继续”可以接着说。）",
         "empty": "这次我没有想出答案，请换个说法再试。",
         "setup": "AI 服务的设置有误，请联系管理员。",
     },
@@ -99,6 +101,7 @@ TEXTS = {
         "quota": "The AI service's quota is used up. Please tell the administrator.",
         "filter": "I cannot answer this. Please ask something else.",
         "long": "This chat has become too long. Please send /clear to start again.",
+        "length": "(The answer was cut by its length limit. Say “go on” to hear more.)",
         "empty": "I found no answer this time. Please ask in other words.",
         "setup": "The AI service is not set up rightly. Please tell the administrator.",
     },
@@ -315,7 +318,7 @@ class Work:
 
     claim: Claim
     message: tim.Message
-    call: Call
+    call: CancelScope
     screen: tim.Whole
     outcome: str = "sent"  # for the log
     lost: bool = False
@@ -449,7 +452,7 @@ class Bot:
             self._try_store(self.store.release, claim, 1.0, True)
 
     def _begin(self, claim: Claim) -> Work:
-        message, call = read_message(claim.data), Call(self.config.ai_timeout)
+        message, call = read_message(claim.data), CancelScope(self.config.ai_timeout)
         mode = self.persona(message.robot).reply_mode or self.config.reply_mode
         screen = tim.MODES[mode](
             self.im,
@@ -514,10 +517,8 @@ class Bot:
         screen, text, shown = work.screen, "", 0.0
         provider = self.provider(work.message.robot)
         chat = self._chat(work, provider)
-        chunks = provider.chat(chat, work.call, not screen.gap)
         try:
-            for chunk in chunks:
-                text = chunk if isinstance(chunk, Replace) else text + chunk
+            for text in provider.chat(chat, work.call, screen.gap):
                 if screen.gap and time.monotonic() - shown >= screen.gap:
                     screen.grow(text)
                     shown = time.monotonic()
@@ -525,8 +526,8 @@ class Bot:
         except ProviderError as error:
             if work.lost:
                 raise Lost from None
-            stopped = error.kind == "stopped"
-            remember = stopped and bool(text) and self.config.history_turns > 0
+            spoken = bool(text) and error.kind in ("stopped", "length")
+            remember = spoken and self.config.history_turns > 0
             return self._ask_failed(work, error, text, chat), remember
 
     def _ask_failed(
@@ -539,7 +540,8 @@ class Bot:
             details = _without_quotes(str(error), chat)
             logger.warning("no answer for %s: %s", work.claim.id, details)
             work.screen.progress |= {} if text else {"failed": True}
-            why = self.texts["cut"].format(why) if text else why
+            if text and error.kind != "length":
+                why = self.texts["cut"].format(why)
         return f"{text}\n\n{why}" if text else why
 
     def _chat(self, work: Work, provider: Provider) -> list[Json]:
@@ -634,12 +636,12 @@ class Bot:
         works = {work.claim: work for work in self._at_work()}
         for claim in self.store.renew(works) if works else []:
             works[claim].lost = True
-            works[claim].call.stop()
+            works[claim].call.cancel()
 
     def _stop_requested(self) -> None:
         works = {work.claim: work for work in self._at_work()}
         for claim in self.store.stops(works) if works else []:
-            works[claim].call.stop()
+            works[claim].call.cancel()
 
     def close(self, drain: float = DRAIN) -> None:
         """Claim no more, finish what `drain` seconds allow, release the rest."""
@@ -653,7 +655,7 @@ class Bot:
         for work in left:
             work.lost = True
             self._try_store(self.store.release, work.claim, 0.0)
-            work.call.stop()
+            work.call.cancel()
         self._closed.set()
         logger.info("stopped; %d messages were left to others", len(left))
 
@@ -666,8 +668,8 @@ def make_provider(config: Config, persona: Persona) -> Provider:
     if name == config.ai_provider:
         key, url, extra = config.ai_secret_key, config.ai_base_url, config.ai_extra_body
         model = model or config.ai_model
-    wire = providers.open_wire(url or service.url, threads)
-    return Provider(service, key, url, model, extra, wire)
+    session = open_session(url or service.url, threads)
+    return Provider(service, key, url, model, extra, session)
 
 
 def make_client(config: Config) -> tim.Client:
@@ -852,8 +854,11 @@ def ask(text: str) -> None:
         {"role": "user", "content": text},
     ]
     with _told():
-        for chunk in provider.chat(chat, Call(config.ai_timeout)):
-            click.echo(f"\n{chunk}" if isinstance(chunk, Replace) else chunk, nl=False)
+        shown = ""
+        for text in provider.chat(chat, CancelScope(config.ai_timeout), 0.2):
+            new = text.removeprefix(shown)
+            click.echo(new if text.startswith(shown) else f"\n{text}", nl=False)
+            shown = text
     click.echo()
 
 
@@ -964,7 +969,7 @@ def _check_ai(config: Config) -> str:
         provider = make_provider(config, persona)
         chat = [{"role": "user", "content": "Say OK."}]
         began = time.monotonic()
-        providers.joined(provider.chat(chat, Call(config.ai_timeout), whole=True))
+        list(provider.chat(chat, CancelScope(config.ai_timeout)))
         name = persona.provider or config.ai_provider
         model = provider.model or provider.service.model
         seen.append(f"{name} {model} in {time.monotonic() - began:.1f} s")

@@ -24,8 +24,8 @@ from urllib.parse import quote
 
 import requests
 
+from session import open_session
 from usersig import gen_user_sig
-from wire import Wire
 
 ROBOT = "@RBT#"  # how the UserID of every chatbot account starts
 LONGEST_ID = 128  # characters; Tencent's own limits are lower
@@ -381,7 +381,7 @@ class Client:
         self.url, self.sdkappid, self._key, self.admin = url, sdkappid, key, admin
         self._sig, self._renew_at = "", 0.0
         self._lock = threading.Lock()
-        self._wire = Wire(url, threads)
+        self._session = open_session(url, threads)
 
     def send(
         self, message: Message, element: Json, order: int, part: int, mention: bool
@@ -498,7 +498,7 @@ class Client:
         )
         try:
             url = f"{self.url}/v4/{command}?{query}"
-            response = self._wire.post(url, data, {}, TIMEOUT)
+            response = self._session.post(url, data, {}, TIMEOUT)
         except requests.RequestException as error:
             # Its text holds the URL with the UserSig: only its name may be told.
             kind = type(error).__name__

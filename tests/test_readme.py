@@ -62,8 +62,9 @@ def test_the_examples_of_the_readme_work(readme, sim, make_app, tmp_path, monkey
         names["PROVIDERS"]["dice"], sim.ai_key, url=f"{sim.url}/v1"
     )
     for text, answer in [("/dice", r"🎲 [1-6]"), ("hello", r"You said: hello .*")]:
-        chat = dice.chat([{"role": "user", "content": text}], providers.Call(5))
-        assert re.fullmatch(answer, providers.joined(chat))
+        turns = [{"role": "user", "content": text}]
+        [said] = dice.chat(turns, providers.CancelScope(5))
+        assert re.fullmatch(answer, said)
     monkeypatch.setattr(tim, "MODES", names["MODES"])
     monkeypatch.chdir(tmp_path)
     app = make_app(reply_mode="signed")

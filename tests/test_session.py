@@ -15,8 +15,8 @@ import pytest
 import requests
 
 from conftest import AI_KEY, ANSWER, QUESTION, RECORDED, delta, sse
-from providers import PROVIDERS, Call, Provider, ProviderError, joined
-from wire import Wire
+from providers import PROVIDERS, Provider, ProviderError
+from session import CancelScope, open_session
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
@@ -47,9 +47,14 @@ def silent(head):
     return script
 
 
-def ask_socket(url, seconds=20.0, name="openai", key=AI_KEY, whole=False, **fields):
+def ask_socket(url, seconds=20.0, name="openai", key=AI_KEY, interval=0.2, **fields):
+    """Return every text so far."""
     provider = Provider(PROVIDERS[name], key, url, **fields)
-    return list(provider.chat(QUESTION, Call(seconds), whole))
+    return list(provider.chat(QUESTION, CancelScope(seconds), interval))
+
+
+def answer_of(provider, scope):
+    return [*provider.chat(QUESTION, scope, 0.2)][-1]
 
 
 DRIBBLES = {
@@ -109,7 +114,7 @@ def test_an_address_nobody_answers_at_cannot_hold_a_call():
 )
 def test_a_cut_connection_is_an_error_and_tried_again(ai_socket, no_pause, cut):
     server = ai_socket(cut, cut, OK + b"\r\n" + RECORDED["openai"])
-    assert "".join(ask_socket(server.url, whole=True)) == ANSWER
+    assert ask_socket(server.url, interval=0) == [ANSWER]
     assert len(server.heads) == 3
 
 
@@ -141,9 +146,9 @@ STOPPED = {
 
 @pytest.mark.parametrize("script", STOPPED.values(), ids=STOPPED)
 def test_a_call_is_ended_from_another_thread(ai_socket, script):
-    server, call = ai_socket(script), Call(30)
+    server, call = ai_socket(script), CancelScope(30)
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
-    timer = threading.Timer(0.3, call.stop)
+    timer = threading.Timer(0.3, call.cancel)
     timer.start()
     began = time.monotonic()
     with pytest.raises(ProviderError) as caught:
@@ -155,8 +160,8 @@ def test_a_call_is_ended_from_another_thread(ai_socket, script):
 
 
 def test_a_stopped_call_asks_nobody(ai_socket):
-    server, call = ai_socket(b""), Call(30)
-    call.stop()
+    server, call = ai_socket(b""), CancelScope(30)
+    call.cancel()
     with pytest.raises(ProviderError) as caught:
         list(Provider(PROVIDERS["openai"], AI_KEY, server.url).chat(QUESTION, call))
     assert (caught.value.kind, server.heads) == ("stopped", [])
@@ -171,7 +176,7 @@ def test_leaving_the_loop_ends_the_call(ai_socket):
             gone.set()
 
     provider = Provider(PROVIDERS["openai"], AI_KEY, ai_socket(script).url)
-    chunks = provider.chat(QUESTION, Call(30))
+    chunks = provider.chat(QUESTION, CancelScope(30), 0.2)
     assert next(chunks) == "一"
     chunks.close()
     assert gone.wait(5)
@@ -191,9 +196,9 @@ def test_a_connection_serves_one_answer_after_another(ai_socket, recorded):
     server = ai_socket(keeping(RECORDED[recorded]))
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
     for _ in range(3):
-        call = Call(20)
-        assert joined(provider.chat(QUESTION, call)) == ANSWER
-        call.stop()  # it is over, so this must not cut what the next one uses
+        call = CancelScope(20)
+        assert answer_of(provider, call) == ANSWER
+        call.cancel()  # it is over, so this must not cut what the next one uses
     assert len(server.heads) == 3
     assert len(server.peers) == 1
 
@@ -205,12 +210,12 @@ def test_stopping_a_call_does_not_cut_the_one_that_has_its_connection_now(ai_soc
 
     server = ai_socket(keeping(RECORDED["plain JSON"]), late)
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
-    first = Call(20)
-    chunks = provider.chat(QUESTION, first)
+    first = CancelScope(20)
+    chunks = provider.chat(QUESTION, first, 0.2)
     assert next(chunks)  # it was read to its end, but its reader is not through
-    timer = threading.Timer(0.2, first.stop)
+    timer = threading.Timer(0.2, first.cancel)
     timer.start()
-    assert joined(provider.chat(QUESTION, Call(20))) == ANSWER
+    assert answer_of(provider, CancelScope(20)) == ANSWER
     timer.join()
     chunks.close()
     assert (len(server.heads), len(server.peers)) == (2, 1)
@@ -219,7 +224,7 @@ def test_stopping_a_call_does_not_cut_the_one_that_has_its_connection_now(ai_soc
 def test_an_answer_is_complete_though_the_connection_stays_open(ai_socket):
     server = ai_socket(silent(OK + b"\r\n" + sse(delta("一", "stop"), end="")))
     began = time.monotonic()
-    assert ask_socket(server.url, 10, whole=True) == ["一"]
+    assert ask_socket(server.url, 10, interval=0) == ["一"]
     assert time.monotonic() - began < 2
 
 
@@ -228,7 +233,7 @@ def test_threads_without_end_do_not_pile_up(ai_socket):
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
     before = threading.active_count()
     for _ in range(20):
-        joined(provider.chat(QUESTION, Call(600)))
+        answer_of(provider, CancelScope(600))
     deadline = time.monotonic() + 5
     while threading.active_count() > before + 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -238,7 +243,7 @@ def test_threads_without_end_do_not_pile_up(ai_socket):
 @pytest.mark.parametrize("url", ["https://.de", "http://[::1", "https://a..b"])
 def test_an_address_that_cannot_be_is_an_error_of_requests(url):
     with pytest.raises(requests.RequestException):
-        Wire(url).post(f"{url}/x", b"{}", {}, (1, 1))
+        open_session(url).post(f"{url}/x", b"{}", {}, (1, 1))
 
 
 def test_netrc_does_not_replace_the_key(ai_socket, tmp_path, monkeypatch):
@@ -248,7 +253,7 @@ def test_netrc_does_not_replace_the_key(ai_socket, tmp_path, monkeypatch):
     server = ai_socket(OK + b"\r\n" + RECORDED["openai"])
     assert requests.utils.get_netrc_auth(server.url)  # so requests would have used it
     for name, key in (("openai", AI_KEY), ("ollama", "")):
-        assert "".join(ask_socket(server.url, name=name, key=key)) == ANSWER
+        assert ask_socket(server.url, name=name, key=key)[-1] == ANSWER
     assert f"\nAuthorization: Bearer {AI_KEY}" in server.heads[0]
     assert "Authorization" not in server.heads[1]
 
@@ -256,7 +261,7 @@ def test_netrc_does_not_replace_the_key(ai_socket, tmp_path, monkeypatch):
 def test_a_proxy_of_the_environment_is_used(ai_socket, monkeypatch):
     proxy = ai_socket(OK + b"\r\n" + RECORDED["openai"])
     monkeypatch.setenv("HTTP_PROXY", proxy.url)
-    assert "".join(ask_socket("http://ai.example/v1")) == ANSWER
+    assert ask_socket("http://ai.example/v1")[-1] == ANSWER
     assert proxy.heads[0].startswith("POST http://ai.example/v1/chat/completions HTTP")
     assert f"\nAuthorization: Bearer {AI_KEY}" in proxy.heads[0]
 
@@ -331,15 +336,15 @@ def test_tls_is_read_and_stopped_and_ended_like_any_other(
     )
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
     for _ in range(2):
-        assert joined(provider.chat(QUESTION, Call(20))) == ANSWER
+        assert answer_of(provider, CancelScope(20)) == ANSWER
     assert len(server.peers) == 1
     for seconds, stop, kind in (
         (0.5, 9, "slow"),
         (0.5, 9, "slow"),
         (9, 0.3, "stopped"),
     ):
-        call, began = Call(seconds), time.monotonic()
-        timer = threading.Timer(stop, call.stop)
+        call, began = CancelScope(seconds), time.monotonic()
+        timer = threading.Timer(stop, call.cancel)
         timer.start()
         with pytest.raises(ProviderError) as caught:
             list(provider.chat(QUESTION, call))
