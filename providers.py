@@ -22,7 +22,7 @@ import jwt
 import requests
 from urllib3.exceptions import HTTPError
 
-from session import CallEnded, CancelScope, Session, has_more, open_session
+from session import CallEnded, CancelScope, Session, open_session, read_arrived
 
 CONNECT_TIMEOUT = 5  # seconds
 TRIES = {"busy": 3, "once": 2}  # by ProviderError.kind; any other kind has one try
@@ -30,7 +30,7 @@ LONGEST_WAIT = 60  # seconds of Retry-After that are honoured
 LONGEST_LINE = 1 << 20  # bytes of one event
 LONGEST_ANSWER = 8 << 20  # bytes of one answer
 MAX_TOKENS = 8192  # of one answer, unless AI_EXTRA_BODY says otherwise
-READ_EVERY = 0.1  # seconds between two looks at an answer that streams in
+READ_EVERY = 0.2  # seconds between two looks at an answer that streams in
 
 Json = dict[str, Any]
 Texts = Iterator[str]  # the answer so far, again and again
@@ -310,11 +310,10 @@ def find_error(body: Json) -> Json:
 
 def _joined(content: Any) -> str:
     """Return the text of a content, which may be a list of parts."""
-    parts = content if isinstance(content, list) else [content]
-    texts = [
-        part if isinstance(part, str) else _dict(part).get("text") for part in parts
-    ]
-    return "".join(text for text in texts if isinstance(text, str))
+    if isinstance(content, list):
+        texts = [_dict(part).get("text") or part for part in content]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
 
 
 def lines(response: requests.Response, scope: CancelScope) -> Iterator[bytes | None]:
@@ -323,30 +322,19 @@ def lines(response: requests.Response, scope: CancelScope) -> Iterator[bytes | N
     They are bytes: what has come may end in a character. A stream is read at a pace of
     READ_EVERY and not chunk by chunk, since every time a thread wakes up costs CPU.
     """
-    rest, size = bytearray(), 0
+    rest, size = b"", 0
     kind = response.headers.get("Content-Type", "")
     pause = READ_EVERY if kind.startswith("text/event-stream") else 0.0
-    while True:
-        with scope:
-            piece = response.raw.read1(65536, decode_content=True)
-            more, read_at = has_more(response, scope), time.monotonic()
-        if response.raw.closed:
-            scope.socket = None  # from here on it may serve another call
-        if not piece:
-            break
-        size += len(piece)
-        rest += piece
-        if b"\n" in piece:
-            *whole, last = bytes(rest).split(b"\n")
-            rest = bytearray(last)
-            yield from whole
+    while piece := read_arrived(response, scope):
+        read_at, size = time.monotonic(), size + len(piece)
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from whole
         if len(rest) > LONGEST_LINE or size > LONGEST_ANSWER:
             raise ProviderError("setup", "the service sent more than an answer can be")
-        if not more:
-            yield None
-            scope.cancelled.wait(read_at + pause - time.monotonic())
+        yield None
+        scope.cancelled.wait(read_at + pause - time.monotonic())
     scope.check()  # a body that was cut may look like one that has ended
-    yield bytes(rest)
+    yield rest
 
 
 DONE: Json = {"choices": [{"finish_reason": "stop"}]}
