@@ -263,11 +263,9 @@ class Bot:
         provider = self.provider(job.message.robot)
         chat, interval = self._chat(job, provider), job.reply.update_interval
         try:
-            shown = -interval
             for text in provider.chat(chat, job.scope, interval):
-                if time.monotonic() - shown >= interval:  # else it is the end
+                if not job.scope.ended:  # else it is saved and closed at once
                     job.reply.update(text)
-                    shown = time.monotonic()
             return Said(text, remember=True)
         except ProviderError as error:
             if job.work.lost:

@@ -1,4 +1,4 @@
-"""The AI services: a chat goes in, the answer comes out as chunks of text.
+"""The AI services: a chat goes in, the text of the answer comes out, as far as it is.
 
 To add a service that speaks OpenAI's format, add a line to PROVIDERS; for one that
 does not, write a function like `minimax_completion` and name it there. All keep the
@@ -11,137 +11,44 @@ from __future__ import annotations
 import json
 import random
 import re
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from itertools import chain
 from typing import Any
 
 import jwt
 import requests
-from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
-from wire import Wire
+from session import CallEnded, CancelScope, Session, open_session, read_arrived
 
 CONNECT_TIMEOUT = 5  # seconds
 TRIES = {"busy": 3, "once": 2}  # by ProviderError.kind; any other kind has one try
 LONGEST_WAIT = 60  # seconds of Retry-After that are honoured
 LONGEST_LINE = 1 << 20  # bytes of one event
-LONGEST_ANSWER = 8 << 20  # bytes on the wire
+LONGEST_ANSWER = 8 << 20  # bytes of one answer
 MAX_TOKENS = 8192  # of one answer, unless AI_EXTRA_BODY says otherwise
+READ_EVERY = 0.2  # seconds between two looks at an answer that streams in
 
 Json = dict[str, Any]
-Chunks = Iterator[str]
-Content = tuple[str, bool]  # a text of the answer, and whether it is all of it so far
+Texts = Iterator[str]  # the answer so far, again and again
 
 
 class ProviderError(Exception):
-    """The service gave no answer; the text is for the operator, `kind` for the user.
+    """The service gave no whole answer; the text is for the operator, `kind` for users.
 
     busy, once: it may do better later; quota: balance or allowance spent; filter: a
-    content filter; long: the chat is too long; slow: no end within the deadline; empty:
-    no text; setup: key, address, model or parameters are wrong; stopped: by Call.stop.
+    content filter; long: the chat is too long; length: the answer is too long and was
+    cut; slow: no end within the deadline; empty: no text; setup: key, address, model or
+    parameters are wrong; stopped: the scope was cancelled.
     """
 
     def __init__(self, kind: str, details: str, wait: float | None = None) -> None:
         super().__init__(details)
         self.kind, self.retry = kind, kind in TRIES
         self.wait = wait  # seconds, from Retry-After
-
-
-class Replace(str):
-    """A chunk that takes the place of all text before it."""
-
-
-class Call:
-    """One question: its deadline, and the means to end it from another thread.
-
-    A timeout of `requests` bounds the wait for the next byte, not for all of them, and
-    before the headers it has nothing to close. So a call knows the socket it waits on,
-    and one thread watches over all calls.
-    """
-
-    here = threading.local()  # .call is what this thread is at
-    open: set[Call] = set()
-    watch: threading.Thread | None = None
-
-    def __init__(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
-        self.stopped = threading.Event()
-        self.socket: socket.socket | None = None
-
-    def left(self) -> float:
-        """Return the seconds until the deadline, never below 0."""
-        return max(0.0, self.deadline - time.monotonic())
-
-    def check(self) -> None:
-        """Raise ProviderError if the call was stopped or its time is over."""
-        if self.stopped.is_set():
-            raise ProviderError("stopped", "stopped")
-        if not self.left():
-            raise ProviderError("slow", "no whole answer within AI_TIMEOUT")
-
-    def stop(self) -> None:
-        """End the call: its reader gets a ProviderError at once."""
-        self.stopped.set()
-        self.shut()
-
-    def shut(self) -> None:
-        """Wake the reader, which then finds its connection cut."""
-        if held := self.socket:
-            with suppress(OSError, TypeError):  # closed, or TLS in a proxy's TLS
-                socket.socket.shutdown(held, socket.SHUT_RDWR)
-
-    def __enter__(self) -> Call:
-        self.here.call = self
-        self.open.add(self)
-        if not Call.watch:
-            Call.watch = threading.Thread(target=self._watch_all, daemon=True)
-            Call.watch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open.discard(self)
-        self.socket = None
-
-    @classmethod
-    def _watch_all(cls) -> None:
-        while True:
-            time.sleep(0.25)
-            for call in cls.open.copy():
-                if not call.left():
-                    call.shut()
-
-
-class _Watched:
-    """A connection that tells the call of its thread which socket it uses."""
-
-    sock: socket.socket | None
-
-    def send(self, data: Any) -> None:
-        if not self.sock:
-            self.connect()  # type: ignore[attr-defined]
-        Call.here.call.socket = self.sock
-        Call.here.call.check()
-        super().send(data)  # type: ignore[misc]
-
-
-class _Adapter(HTTPAdapter):
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        if not issubclass(pool.ConnectionCls, _Watched):
-            pool.ConnectionCls = type("_", (_Watched, pool.ConnectionCls), {})
-        return pool
-
-
-def open_wire(url: str, threads: int = 64) -> Wire:
-    """Return connections to an AI service, for `threads` threads."""
-    return Wire(url, threads, _Adapter)
 
 
 def _kinds(**codes: str) -> dict[str, str]:
@@ -189,7 +96,7 @@ class Service:
     cap: str = "max_tokens"  # its name for the limit on an answer's tokens
     keyless: bool = False
     images: bool = False  # whether the model reads pictures
-    ask: Callable[[Provider, list[Json], Call], Chunks] | None = None
+    ask: Callable[[Provider, list[Json], CancelScope, float], Texts] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,88 +108,83 @@ class Provider:
     url: str = ""
     model: str = ""
     extra: Json = field(default_factory=dict)
-    wire: Wire = field(default=None, repr=False)  # type: ignore[assignment]
+    session: Session = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         key = self.key.strip().removeprefix("Bearer ").strip()
         url = (self.url or self.service.url).rstrip("/")
         object.__setattr__(self, "key", key)
         object.__setattr__(self, "url", url)
-        object.__setattr__(self, "wire", self.wire or open_wire(url))
+        object.__setattr__(self, "session", self.session or open_session(url))
 
-    def chat(self, messages: list[Json], call: Call, whole: bool = False) -> Chunks:
-        """Yield the answer as it comes, or in one piece if `whole`.
+    def chat(
+        self, messages: list[Json], scope: CancelScope, update_interval: float = 0.0
+    ) -> Texts:
+        """Yield the answer so far, every `update_interval` seconds; if 0, once, whole.
 
-        `messages` are OpenAI's. It asks again where that may help, as long as nothing
+        `messages` are OpenAI's. At the last text `scope.ended` may be set: then it need
+        not be shown as growing. It asks again where that may help, as long as nothing
         was yielded. Leaving the loop ends the call. Raises ProviderError.
         """
-        said = False
         messages = [turn for turn in messages if str(turn["content"] or "").strip()]
-        for tried in range(1, 4):
-            try:
-                for chunk in self._answer(messages, call, whole):
-                    said = True
-                    yield chunk
-                return
-            except ProviderError as error:
-                delay = error.wait or 2 ** (tried - 2) * random.uniform(0.75, 1)
-                too_late = delay > min(LONGEST_WAIT, call.left())
-                if said or too_late or tried >= TRIES.get(error.kind, 1):
-                    raise
-                call.stopped.wait(delay)
-
-    def _answer(self, messages: list[Json], call: Call, whole: bool) -> Chunks:
         if not messages:
             raise ProviderError("empty", "the question holds no text")
-        chunks = (self.service.ask or openai_chat)(self, messages, call)
-        empty = True
-        for chunk in [joined(chunks)] if whole else chunks:
-            empty = (empty or isinstance(chunk, Replace)) and not chunk.strip()
-            if not empty or isinstance(chunk, Replace):
-                yield chunk
-        if empty:
-            raise ProviderError("empty", "the answer holds no text")
+        ask, tried, text = self.service.ask or openai_chat, 0, ""
+        while not text:
+            tried += 1
+            try:
+                answer = ask(self, messages, scope, update_interval)
+                for text in filter(str.strip, answer):
+                    yield text
+                if not text:
+                    raise ProviderError("empty", "the answer holds no text")
+            except ProviderError as error:
+                delay = error.wait or 2 ** (tried - 2) * random.uniform(0.75, 1)
+                too_late = delay > min(LONGEST_WAIT, scope.remaining())
+                if text or too_late or tried >= TRIES.get(error.kind, 1):
+                    raise
+                scope.cancelled.wait(delay)
 
     def body(self, **fields: Any) -> Json:
         """Return a request's body; a null in an extra takes a field out."""
-        fields |= {"model": self.model or self.service.model}
+        fields |= {"model": self.model or self.service.model or None}
         fields |= {self.service.cap: MAX_TOKENS, **self.service.extra, **self.extra}
         return {name: value for name, value in fields.items() if value is not None}
 
-    def stream(self, path: str, body: Json, call: Call) -> Chunks:
-        """Send a request and yield the text of the answer, without its thinking."""
-        with self._post(path, body, call) as response:
-            yield from visible(new_text(self._contents(response, call)))
+    def complete(
+        self, path: str, body: Json, scope: CancelScope, update_interval: float
+    ) -> Texts:
+        """Send a request and yield the answer so far, without its thinking.
 
-    @contextmanager
-    def _post(self, path: str, body: Json, call: Call) -> Iterator[requests.Response]:
-        """Send a request, yield the response if it is a 200. Raises ProviderError."""
-        call.check()
+        Raises ProviderError, after the last text if the answer is not whole.
+        """
         try:
-            with call, self._send(path, body, call) as response:
+            with self._send(path, body, scope) as response:
                 if response.status_code != 200:
-                    text = b"\n".join(lines(response, call))
+                    text = b"\n".join(filter(None, lines(response, scope)))
                     raise self.error(_json(text), response)
-                yield response
-                _finish(response, call)
+                yield from self._texts(response, scope, update_interval)
+                _finish(response, scope)
+        except CallEnded as error:
+            raise ProviderError(error.reason, "no whole answer in time") from None
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            call.check()
             kind = "setup" if isinstance(error, ValueError) else "busy"
             name = type(error).__name__  # its text may hold the key
             raise ProviderError(kind, f"no connection, or cut: {name}") from None
 
-    def _send(self, path: str, body: Json, call: Call) -> requests.Response:
-        # The first is for each address of a host, and it may have several.
-        timeout = (min(CONNECT_TIMEOUT, call.left() / 4 + 0.1), call.left() + 1)
-        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        return self.wire.post(self.url + path, data, self._headers(), timeout, True)
-
-    def _headers(self) -> dict[str, str]:
+    def _send(self, path: str, body: Json, scope: CancelScope) -> requests.Response:
         token = self.service.token(self.key)
         if not (token.isascii() and token.isprintable()):
             raise ProviderError("setup", "AI_SECRET_KEY has a character no key has")
-        key = {"Authorization": f"Bearer {token}"} if token else {}
-        return {"Accept-Encoding": "identity", **key}
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        # The first is for each address of a host, and it may have several.
+        timeout = (
+            min(CONNECT_TIMEOUT, scope.remaining() / 4 + 0.1),
+            scope.remaining() + 1,
+        )
+        with scope:
+            return self.session.post(self.url + path, data, headers, timeout, True)
 
     def error(self, body: Json, response: requests.Response) -> ProviderError:
         """Return the error that a body, its HTTP status and headers mean."""
@@ -312,36 +214,70 @@ class Provider:
             kind = STATUS.get(status, "busy" if status >= "500" else "setup")
         return kind
 
-    def _contents(self, response: requests.Response, call: Call) -> Iterator[Content]:
-        """Yield what the events of an answer hold; raise unless an end is said."""
-        for event in events(response, call):
-            if event is None:
-                return
-            if find_error(event):
-                raise self.error(event, response)
-            choices = event.get("choices")
-            choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
-            message = choice.get("message")
-            text = _dict(message or choice.get("delta")).get("content")
-            text = text or event.get("reply")
-            if text and isinstance(text, str):
-                yield text, bool(message)
-            finish = str(choice.get("finish_reason") or "")
-            if finish in NAMES:
-                raise ProviderError(NAMES[finish], f"the answer ended with {finish}")
-            if finish:
-                return
+    def _texts(
+        self, response: requests.Response, scope: CancelScope, update_interval: float
+    ) -> Texts:
+        """Yield the answer so far whenever an update is due, and at its end.
+
+        An error that ends a growing answer comes after the text that came before it.
+        """
+        text = shown = finish = ""
+        due, broken = 0.0, None
+        try:
+            for event in events(response, scope):
+                if event:
+                    said, whole, finish = self._read(event, response)
+                    text = "" if whole else text
+                    text += said
+                elif update_interval and time.monotonic() >= due:
+                    so_far = without_thinking(text, final=False)
+                    if so_far != shown:
+                        yield so_far
+                        shown, due = so_far, time.monotonic() + update_interval
+                if finish:
+                    break
+            _check_finish(finish)
+        except Exception as error:
+            broken = error
+        scope.ended, answer = True, without_thinking(text)
+        if answer != shown and (update_interval or not broken):
+            yield answer
+        if broken:
+            raise broken
+        if finish == "length" and answer.strip():
+            raise ProviderError("length", "the answer reached its limit of tokens")
+
+    def _read(self, event: Json, response: requests.Response) -> tuple[str, bool, str]:
+        """Return the text of an event, whether it is all so far, and the finish."""
+        if find_error(event):
+            raise self.error(event, response)
+        choices = event.get("choices")
+        choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
+        message = _dict(choice.get("message"))
+        said = message or _dict(choice.get("delta"))
+        text = _joined(said.get("content")) or _joined(said.get("refusal"))
+        reply = _joined(event.get("reply"))
+        whole = bool(reply or message and text)
+        return reply or text, whole, str(choice.get("finish_reason") or "")
+
+
+def _check_finish(finish: str) -> None:
+    """Raise the ProviderError that a finish_reason means, if any."""
+    if finish in NAMES:
+        raise ProviderError(NAMES[finish], f"the answer ended with {finish}")
+    if not finish:
         raise ProviderError("busy", "the answer broke off")
 
 
-def _finish(response: requests.Response, call: Call) -> None:
-    """Read what follows an answer, so that the connection can serve the next."""
+def _finish(response: requests.Response, scope: CancelScope) -> None:
+    """Read what follows an answer, so that its connection can serve the next."""
     with suppress(HTTPError, OSError):
-        if call.socket:
-            call.socket.settimeout(0.05)
-        for _ in range(3):
-            if not response.raw.read1(65536):
+        if scope.socket:
+            scope.socket.settimeout(0.05)
+        for _ in range(9):
+            if not response.raw.read1(65536, decode_content=True):
                 break
+    scope.socket = None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -373,39 +309,55 @@ def find_error(body: Json) -> Json:
     return body if odd else {}
 
 
-def lines(response: requests.Response, call: Call) -> Iterator[bytes]:
-    """Yield a body's lines as they arrive, as bytes: a piece may end in a character."""
-    rest, size = bytearray(), 0
-    while piece := response.raw.read1(65536, decode_content=True):
-        call.check()
-        size += len(piece)
-        rest += piece
-        if b"\n" in piece:
-            *whole, last = bytes(rest).split(b"\n")
-            rest = bytearray(last)
-            yield from whole
+def _joined(content: Any) -> str:
+    """Return the text of a content, which may be a list of parts."""
+    if isinstance(content, list):
+        texts = [_dict(part).get("text") or part for part in content]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
+def lines(response: requests.Response, scope: CancelScope) -> Iterator[bytes | None]:
+    """Yield a body's lines, and None each time when all that has come was read.
+
+    They are bytes: what has come may end in a character. A stream is read at a pace of
+    READ_EVERY and not chunk by chunk, since every time a thread wakes up costs CPU.
+    """
+    rest, size = b"", 0
+    kind = response.headers.get("Content-Type", "")
+    pause = READ_EVERY if kind.startswith("text/event-stream") else 0.0
+    while piece := read_arrived(response, scope):
+        read_at, size = time.monotonic(), size + len(piece)
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from whole
         if len(rest) > LONGEST_LINE or size > LONGEST_ANSWER:
             raise ProviderError("setup", "the service sent more than an answer can be")
-    call.check()
-    call.socket = None  # from here on it may serve another call
-    yield bytes(rest)
+        yield None
+        scope.cancelled.wait(read_at + pause - time.monotonic())
+    scope.check()  # a body that was cut may look like one that has ended
+    yield rest
 
 
-def events(response: requests.Response, call: Call) -> Iterator[Json | None]:
-    """Yield the JSON of each event, None for the end if one is said.
+DONE: Json = {"choices": [{"finish_reason": "stop"}]}
 
-    Some services answer with one plain JSON text although a stream was asked for.
+
+def events(response: requests.Response, scope: CancelScope) -> Iterator[Json]:
+    """Yield the JSON of each event, and {} each time when all that has come was read.
+
+    A service may answer with a stream or with one plain JSON, whatever was asked for.
     """
     plain = []
-    for line in lines(response, call):
-        name, _, data = line.strip().partition(b":")
-        if name == b"data" and data.strip():
-            yield None if data.strip() == b"[DONE]" else _json(data)
+    for line in lines(response, scope):
+        name, _, data = (line or b"").strip().partition(b":")
+        if line is None:
+            yield {}
+        elif name == b"data" and data.strip():
+            yield DONE if data.strip() == b"[DONE]" else _json(data)
         elif name not in (b"", b"data", b"event", b"id", b"retry"):
             plain.append(line)
     if plain:
         yield _json(b"\n".join(plain))
-        yield None
+        yield DONE
 
 
 def _json(text: bytes) -> Json:
@@ -419,95 +371,43 @@ def _json(text: bytes) -> Json:
     return value if isinstance(value, dict) else {"error": str(value)}
 
 
-def new_text(chunks: Iterable[Content]) -> Chunks:
-    """Yield what is new in chunks that hold the next words, or again all words so far.
-
-    MiniMax was seen doing either. Short chunks may look like both ("1", "10"): as long
-    as each begins with the one before they count as all words so far.
-    """
-    said, joint, kind = "", "", ""  # the answer; all chunks in a row; what they hold
-    for chunk, whole in chunks:
-        longer = len(chunk) > len(said) and chunk.startswith(said)
-        if longer and len(said) >= 8:
-            kind = "snapshots"
-        if chunk == said and len(said) >= 8:
-            continue
-        if kind == "deltas" and not whole:
-            said += chunk
-            yield chunk
-            continue
-        joint += chunk
-        if not (whole or longer or kind):
-            kind, chunk = "deltas", joint
-        yield chunk[len(said) :] if chunk.startswith(said) else Replace(chunk)
-        said = chunk
-
-
-_TAG = re.compile(r"(</?(?:mm:)?think>\s{0,9})")
+_TAG = re.compile(r"<(/?)(?:mm:)?think>\s{0,9}")
+_THOUGHTS = re.compile(
+    r"\s*(?:(?:<(?:mm:)?think>.*?(?:</(?:mm:)?think>|\Z)|</(?:mm:)?think>)\s*)*",
+    re.DOTALL,
+)
 # An end of a text that may go on as a tag, as the space after one, or as an emoji.
 _OPEN = re.compile(r"(?:<[/a-z:]{0,9}|</?(?:mm:)?think>\s{0,8}|[\ud800-\udbff])\Z")
 _QUOTES = " \t`'\"“‘「『《（([*"
 
 
-def visible(chunks: Iterable[str]) -> Chunks:
-    """Yield an answer without its thinking.
+def without_thinking(text: str, final: bool = True) -> str:
+    """Return an answer without its thinking; if it goes on, without half a tag either.
 
     Thinking comes first, in <think>…</think>, of which the opening may be missing. Tags
     quoted later, in the middle of a line, belong to the answer.
     """
-    place, kind, before = "start", str, "\n"
-    for text in _tags_apart(chunks):
-        opens = text.startswith(("<think>", "<mm:think>"))
-        closes = text.startswith(("</think>", "</mm:think>"))
-        if isinstance(text, Replace):
-            place, kind = "start", Replace
-        elif place == "thinking":
-            place = "start" if closes else place
-        elif place == "start" and (opens or closes or text.isspace()):
-            place = "thinking" if opens else place
-        elif place == "answer" and closes and (before not in _QUOTES or "\n" in text):
-            place, kind = "start", Replace
-        else:
-            text = text.lstrip() if place == "start" else text
-            place = "quoting" if opens or place == "quoting" else "answer"
-            yield kind(text)
-            kind, before = str, text[-1]
-    if kind is Replace:
-        yield Replace("")
+    text = text if final else _OPEN.sub("", text)
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    start = end = _THOUGHTS.match(text).end()  # type: ignore[union-attr]
+    while (tag := _TAG.search(text, end)) and tag[1]:
+        end = tag.end()
+        if text[tag.start() - 1] not in _QUOTES or "\n" in tag[0]:
+            start = end = _THOUGHTS.match(text, end).end()  # type: ignore[union-attr]
+    return text[start:]
 
 
-def _tags_apart(chunks: Iterable[str]) -> Chunks:
-    """Yield the same text cut anew: each tag alone, with the white space after it."""
-    rest = ""
-    for chunk in chain(chunks, [None]):
-        if isinstance(chunk, Replace):
-            rest = ""
-            yield Replace("")
-        rest += chunk or ""
-        half = _OPEN.search(rest) if chunk is not None else None
-        end = half.start() if half else len(rest)
-        sure = rest[:end].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield from filter(None, _TAG.split(sure))
-        rest = rest[end:]
-
-
-def joined(chunks: Iterable[str]) -> str:
-    """Return the whole text of a stream of chunks."""
-    parts: list[str] = []
-    for chunk in chunks:
-        if isinstance(chunk, Replace):
-            parts.clear()
-        parts.append(chunk)
-    return "".join(parts)
-
-
-def openai_chat(provider: Provider, messages: list[Json], call: Call) -> Chunks:
+def openai_chat(
+    provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
+) -> Texts:
     """Ask a service that has OpenAI's format."""
-    body = provider.body(messages=messages, stream=True)
-    return provider.stream("/chat/completions", body, call)
+    body = provider.body(messages=messages, stream=update_interval > 0)
+    return provider.complete("/chat/completions", body, scope, update_interval)
 
 
-def minimax_completion(provider: Provider, messages: list[Json], call: Call) -> Chunks:
+def minimax_completion(
+    provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
+) -> Texts:
     """Ask as Tencent's tutorial does: MiniMax's old endpoint, a prompt in, a reply out.
 
     https://www.tencentcloud.com/document/product/1047/54925
@@ -520,10 +420,13 @@ def minimax_completion(provider: Provider, messages: list[Json], call: Call) -> 
     path = f"/text/completion?GroupId={group}" if group else "/text/completion"
     talk = [f"{turn['role']}: {words(turn)}" for turn in messages] + ["assistant:"]
     prompt = "\n".join(talk) if messages[1:] else words(messages[0])
-    return provider.stream(path, provider.body(prompt=prompt), call)
+    body = provider.body(prompt=prompt)
+    return provider.complete(path, body, scope, update_interval)
 
 
-def echo(provider: Provider, messages: list[Json], call: Call) -> Chunks:
+def echo(
+    provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
+) -> Texts:
     """Say what the user said: for a machine without a key."""
     yield words(messages[-1])
 
@@ -595,6 +498,7 @@ PROVIDERS = {
         "minimax/minimax-m3",
         {"reasoning": {"enabled": False}},
     ),
+    "openai-compatible": Service("", "", keyless=True),
     "ollama": Service("http://localhost:11434/v1", "qwen3", NO_EFFORT, keyless=True),
     "echo": Service("", "", keyless=True, ask=echo),
 }

@@ -26,8 +26,10 @@ from requests.adapters import HTTPAdapter
 from requests.exceptions import InvalidURL
 from requests.structures import CaseInsensitiveDict
 from requests.utils import default_user_agent
+from urllib3.util import wait_for_read
 
 WATCH_EVERY = 0.25  # seconds
+MOST_PIECES = 1000  # of a body in one read, so that no flood holds a reader
 HEADERS = {
     "User-Agent": default_user_agent(),
     "Accept": "*/*",
@@ -59,6 +61,7 @@ class CancelScope:
         self.deadline = time.monotonic() + seconds
         self.cancelled = threading.Event()
         self.socket: socket | None = None  # of a call whose answer is not read yet
+        self.ended = False  # the answer is read to its end
 
     def remaining(self) -> float:
         """Return the seconds until the deadline, never below 0."""
@@ -191,16 +194,31 @@ def open_session(url: str, threads: int = 64) -> Session:
     return session
 
 
-def has_more(response: requests.Response, scope: CancelScope) -> bool:
+def read_arrived(response: requests.Response, scope: CancelScope) -> bytes:
+    """Wait for bytes of a body, return all that have come by then; b"" is its end."""
+    raw, pieces = response.raw, list[bytes]()
+    with scope:
+        while len(pieces) < MOST_PIECES:
+            pieces.append(raw.read1(65536, decode_content=True))
+            if not (pieces[-1] and has_more(raw, scope.socket)):
+                break
+    if raw.closed:
+        scope.socket = None  # from here on it may serve another call
+    return b"".join(pieces)
+
+
+def has_more(raw: Any, held: socket | None) -> bool:
     """Return whether more of a body can be read without waiting for it."""
-    held = scope.socket
-    if response.raw.closed or not held:
+    if raw.closed or not held:
         return False
     timeout = held.gettimeout()
     held.settimeout(0)
-    try:  # Two bytes are the end of a chunk, the next may be far.
-        return len(response.raw._fp.fp.peek()) > 2  # type: ignore[union-attr]
+    try:  # Two bytes are the end of a chunk, and the next chunk may be far.
+        if len(raw._fp.fp.peek()) > 2:
+            return True
     except SSLWantReadError:
         return False
     finally:
         held.settimeout(timeout)
+    decrypted = getattr(held, "pending", int)()
+    return decrypted > 0 or wait_for_read(held, timeout=0)

@@ -194,9 +194,6 @@ RECORDED = {
     "minimax with inline thinking": sse(
         delta("<think>\n他说你好。"), delta("\n</think>\n\n" + A), delta(B, "stop")
     ),
-    "minimax, cumulative": sse(
-        delta(A[:2]), delta(A), delta(ANSWER), delta("", "stop")
-    ),
     "minimax, split thinking": sse(
         delta(reasoning_content="他说你好", reasoning_details=[{"text": "他说你好"}]),
         delta(A, reasoning_content="他说你好"),

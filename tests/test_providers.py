@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -33,7 +34,10 @@ from conftest import (
     message,
     sse,
 )
-from providers import PROVIDERS, Call, Provider, ProviderError, Replace, joined
+from providers import PROVIDERS, Provider, ProviderError
+from session import CancelScope
+
+OFTEN = 1e-9  # seconds between two updates: an update for each piece that comes
 
 
 def ai_service(*bodies, name="openai", status=200, key=AI_KEY, headers=None, **fields):
@@ -47,29 +51,36 @@ def ai_service(*bodies, name="openai", status=200, key=AI_KEY, headers=None, **f
         body = bodies[min(len(tries), len(bodies) - 1)]
         tries.append(given)
         pieces = iter([body] if isinstance(body, bytes) else body)
-        raw = SimpleNamespace(read1=lambda *_, **__: next(pieces, b""))
+        raw = SimpleNamespace(read1=lambda *_, **__: next(pieces, b""), closed=False)
         head = CaseInsensitiveDict(headers or {})
         return nullcontext(SimpleNamespace(status_code=status, headers=head, raw=raw))
 
-    wire = SimpleNamespace(post=post)
-    return Provider(PROVIDERS[name], key, wire=wire, **fields), tries
+    session = SimpleNamespace(post=post)
+    return Provider(PROVIDERS[name], key, session=session, **fields), tries
 
 
-def ai_answer(*bodies, seconds=20.0, whole=False, **options):
+def ai_texts(*bodies, seconds=20.0, interval=OFTEN, **options):
+    """Return every text so far that a chat yields."""
     provider, _ = ai_service(*bodies, **options)
-    return joined(provider.chat(QUESTION, Call(seconds), whole))
+    return list(provider.chat(QUESTION, CancelScope(seconds), interval))
 
 
-def ai_chunks(*events):
-    return list(ai_service(sse(*events))[0].chat(QUESTION, Call(20)))
+def ai_answer(*bodies, **options):
+    return ai_texts(*bodies, **options)[-1]
 
 
-def ai_failure(*bodies, seconds=20.0, whole=False, **options):
+def ai_failure(*bodies, seconds=20.0, interval=OFTEN, **options):
     """Return the error of a chat and how often the service was asked."""
     provider, tries = ai_service(*bodies, **options)
     with pytest.raises(ProviderError) as caught:
-        list(provider.chat(QUESTION, Call(seconds), whole))
+        list(provider.chat(QUESTION, CancelScope(seconds), interval))
     return caught.value, len(tries)
+
+
+def answer_of(provider, turns=QUESTION):
+    """Return the whole answer, asked for in one piece."""
+    [text] = provider.chat(turns, CancelScope(20))
+    return text
 
 
 @pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
@@ -77,6 +88,7 @@ def test_a_recorded_answer_is_read_wherever_its_bytes_are_split(recorded):
     for place in range(len(recorded) + 1):
         pieces = [part for part in (recorded[:place], recorded[place:]) if part]
         assert ai_answer(pieces) == ANSWER, place
+        assert ai_texts(pieces, interval=0) == [ANSWER], place
     assert ai_answer([recorded[i : i + 1] for i in range(len(recorded))]) == ANSWER
 
 
@@ -113,20 +125,22 @@ ASKED = {
 
 
 @responses.activate
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", ASKED)
-def test_each_service_gets_the_request_it_expects(name):
+def test_each_service_gets_the_request_it_expects(name, stream):
     url, model, extra = ASKED[name]
     cap = "max_completion_tokens" if name in ("minimax", "openai") else "max_tokens"
     mock = responses.post(f"{url}/chat/completions", body=RECORDED["openai"])
     key = "" if name == "ollama" else AI_KEY
     turns = [{"role": "system", "content": "Be brief."}, *QUESTION]
-    chunks = Provider(PROVIDERS[name], key).chat(turns, Call(20))
-    assert joined(chunks) == ANSWER
+    provider = Provider(PROVIDERS[name], key)
+    texts = list(provider.chat(turns, CancelScope(20), 1.0 if stream else 0.0))
+    assert texts[-1] == ANSWER
     request = mock.calls[0].request
     assert json.loads(request.body) == {
         "model": model,
         "messages": turns,
-        "stream": True,
+        "stream": stream,
         cap: 8192,
         **extra,
     }
@@ -136,8 +150,9 @@ def test_each_service_gets_the_request_it_expects(name):
 
 
 def test_the_registry_names_every_service():
-    assert set(PROVIDERS) == {*ASKED, "minimax-completion", "echo"}
-    assert {name for name in PROVIDERS if PROVIDERS[name].keyless} == {"ollama", "echo"}
+    assert set(PROVIDERS) == {*ASKED, "minimax-completion", "openai-compatible", "echo"}
+    keyless = {name for name in PROVIDERS if PROVIDERS[name].keyless}
+    assert keyless == {"ollama", "openai-compatible", "echo"}
 
 
 @responses.activate
@@ -145,11 +160,11 @@ def test_address_model_and_extras_of_the_operator_come_last():
     mock = responses.post("http://here/api/chat/completions", body=RECORDED["openai"])
     extra = {"temperature": 0.5, "thinking": None, "max_completion_tokens": 10}
     provider = Provider(PROVIDERS["minimax"], AI_KEY, "http://here/api/", "M9", extra)
-    assert joined(provider.chat(QUESTION, Call(20))) == ANSWER
+    assert answer_of(provider, QUESTION) == ANSWER
     assert json.loads(mock.calls[0].request.body) == {
         "model": "M9",
         "messages": QUESTION,
-        "stream": True,
+        "stream": False,
         "max_completion_tokens": 10,
         "temperature": 0.5,
     }
@@ -159,9 +174,7 @@ def test_address_model_and_extras_of_the_operator_come_last():
 @responses.activate
 def test_a_key_is_sent_as_one_bearer_however_it_was_pasted(pasted):
     mock = responses.post("http://here/chat/completions", body=RECORDED["openai"])
-    joined(
-        Provider(PROVIDERS["openai"], pasted, "http://here").chat(QUESTION, Call(20))
-    )
+    answer_of(Provider(PROVIDERS["openai"], pasted, "http://here"), QUESTION)
     assert mock.calls[0].request.headers["Authorization"] == "Bearer sk-1"
 
 
@@ -177,7 +190,7 @@ def test_empty_turns_are_not_sent_and_lone_surrogates_are_cleaned():
         {"role": "user", "content": picture},
     ]
     provider = Provider(PROVIDERS["openai"], AI_KEY, "http://here")
-    joined(provider.chat(turns, Call(20)))
+    answer_of(provider, turns)
     assert json.loads(mock.calls[0].request.body)["messages"] == [
         {"role": "user", "content": "a?b"},
         {"role": "user", "content": picture},
@@ -188,7 +201,7 @@ def test_empty_turns_are_not_sent_and_lone_surrogates_are_cleaned():
 def test_a_question_without_any_text_is_not_sent(name):
     provider, tries = ai_service(b"", name=name)
     with pytest.raises(ProviderError) as caught:
-        list(provider.chat([{"role": "user", "content": " "}], Call(20)))
+        list(provider.chat([{"role": "user", "content": " "}], CancelScope(20)))
     assert (caught.value.kind, tries) == ("empty", [])
 
 
@@ -218,7 +231,7 @@ def test_the_tutorials_endpoint_gets_a_prompt_and_the_group_of_the_key(key, quer
     body = ai_json({"reply": "你好！", **BASE})
     mock = responses.post(url, body=body, content_type="application/json")
     provider = Provider(PROVIDERS["minimax-completion"], key)
-    assert list(provider.chat(QUESTION, Call(20))) == ["你好！"]
+    assert list(provider.chat(QUESTION, CancelScope(20))) == ["你好！"]
     request = mock.calls[0].request
     assert request.url == url + query
     assert request.headers["Authorization"] == f"Bearer {key}"
@@ -241,17 +254,17 @@ def test_the_tutorials_endpoint_gets_a_whole_talk_as_one_prompt():
     url = "https://api.minimax.chat/v1/text/completion"
     mock = responses.post(url, json={"reply": "A tree."})
     provider = Provider(PROVIDERS["minimax-completion"], "sk-api-new")
-    assert joined(provider.chat(TALK, Call(20))) == "A tree."
+    assert answer_of(provider, TALK) == "A tree."
     prompt = json.loads(mock.calls[0].request.body)["prompt"]
     assert prompt == "system: Be brief.\nuser: What is this?\nassistant:"
 
 
 def test_echo_says_the_users_words_as_they_are():
     provider, tries = ai_service(b"", name="echo", key="")
-    assert list(provider.chat(TALK, Call(20))) == ["What is this?"]
+    assert list(provider.chat(TALK, CancelScope(20))) == ["What is this?"]
     said = "<think>a</think>\nb</think>c"
     turns = [{"role": "user", "content": said}]
-    assert joined(provider.chat(turns, Call(20), whole=True)) == said
+    assert answer_of(provider, turns) == said
     assert not tries
 
 
@@ -269,7 +282,7 @@ def test_zhipu_gets_a_fresh_token_in_milliseconds_for_every_try(no_pause):
 
     service = replace(PROVIDERS["zhipu"], token=mint)
     provider = Provider(service, "an-id.a-short-secret")
-    assert joined(provider.chat(QUESTION, Call(20))) == ANSWER
+    assert answer_of(provider, QUESTION) == ANSWER
     tokens = [
         mock.calls[0].request.headers["Authorization"].removeprefix("Bearer ")
         for mock in (first, second)
@@ -482,17 +495,17 @@ def test_the_errors_of_other_services_are_read(no_pause, name, status, body, kin
 )
 def test_an_error_in_mid_stream_is_raised_after_the_text_before_it(event, kind):
     provider, tries = ai_service(sse(delta("一二三"), event, end=""), name="minimax")
-    chunks = []
+    texts = []
     with pytest.raises(ProviderError) as caught:
-        for chunk in provider.chat(QUESTION, Call(20)):
-            chunks.append(chunk)
-    assert (chunks, caught.value.kind, len(tries)) == (["一二三"], kind, 1)
+        for text in provider.chat(QUESTION, CancelScope(20), 99.0):
+            texts.append(text)
+    assert (texts, caught.value.kind, len(tries)) == (["一二三"], kind, 1)
 
 
 def test_a_cut_answer_is_asked_for_again_unless_some_of_it_was_shown(no_pause):
     cut, good = sse(delta("一"), end=""), RECORDED["openai"]
-    assert ai_answer(cut, cut, good, whole=True) == ANSWER
-    error, tries = ai_failure(cut, whole=True)
+    assert ai_answer(cut, cut, good, interval=0) == ANSWER
+    error, tries = ai_failure(cut, interval=0)
     assert (error.kind, tries) == ("busy", 3)
     error, tries = ai_failure(cut, good)
     assert (error.kind, tries) == ("busy", 1)
@@ -506,7 +519,7 @@ def test_every_recorded_answer_is_an_error_when_cut_before_its_end(no_pause):
         b'"finish_reason": "stop"}]}'
     )
     for place in range(end):
-        error, _ = ai_failure(recorded[:place], whole=True)
+        error, _ = ai_failure(recorded[:place], interval=0)
         assert error.kind == "busy", place
     assert ai_answer(recorded[:end]) == ANSWER
 
@@ -527,8 +540,8 @@ def test_every_recorded_answer_is_an_error_when_cut_before_its_end(no_pause):
     ],
 )
 def test_an_answer_without_text_is_an_error_that_is_not_tried_again(body):
-    for whole in (False, True):
-        error, tries = ai_failure(body, whole=whole)
+    for interval in (0, OFTEN):
+        error, tries = ai_failure(body, interval=interval)
         assert (error.kind, tries) == ("empty", 1)
 
 
@@ -554,7 +567,7 @@ def test_an_answer_without_text_is_an_error_that_is_not_tried_again(body):
 def test_nothing_a_service_sends_raises_anything_but_a_provider_error(value, status):
     provider, _ = ai_service(ai_json(value).encode(), status=status, name="minimax")
     with suppress(ProviderError):
-        for _ in provider.chat(QUESTION, Call(0.1), whole=True):
+        for _ in provider.chat(QUESTION, CancelScope(0.1)):
             pass
 
 
@@ -627,109 +640,133 @@ THINKING = {
 
 @pytest.mark.parametrize(("text", "answer"), THINKING.items())
 def test_thinking_is_taken_out_wherever_the_text_is_split(text, answer):
-    assert ai_answer(sse(delta(text, "stop"))) == answer
-    assert ai_answer(sse(*map(delta, text))) == answer
+    assert providers.without_thinking(text) == answer
     for place in range(len(text)):
         for other in range(place, len(text)):
             parts = text[:place], text[place:other], text[other:]
-            chunks = providers.visible(part for part in parts if part)
-            assert joined(chunks) == answer, parts
-    for whole in (False, True):
-        assert ai_answer(ai_json(message(text)).encode(), whole=whole) == answer
+            pieces = [sse(delta(part), end="") for part in parts if part]
+            assert ai_answer([*pieces, sse()]) == answer, parts
+    for interval in (0, OFTEN):
+        whole = ai_json(message(text)).encode()
+        assert ai_texts(whole, interval=interval) == [answer]
+
+
+@pytest.mark.parametrize("text", [*THINKING, *THINKING.values(), "a😀b"])
+def test_a_text_so_far_shows_no_half_of_a_tag_or_an_emoji(text):
+    halves = [half for c in text for half in c.encode("utf-16-be", "surrogatepass")]
+    units = bytes(halves).decode("utf-16-be", "surrogatepass")
+    assert units == text
+    for place in range(len(text) + 1):
+        shown = providers.without_thinking(text[:place], final=False)
+        assert not shown or shown[-1] not in "<\ufffd"
+        assert not re.search(r"<(/?(mm:)?(t|th|thi|thin|think)?)?\Z", shown)
 
 
 def test_thinking_without_an_opening_is_replaced_in_a_stream_and_absent_in_a_whole():
-    body = sse(
-        delta("I think"), delta(" so.\n</think>\n"), delta("\n答"), delta("案", "stop")
-    )
-    chunks = list(ai_service(body)[0].chat(QUESTION, Call(20)))
-    assert chunks == ["I think", " so.\n", "答", "案"]
-    assert [type(chunk) for chunk in chunks] == [str, str, Replace, str]
-    whole = list(ai_service(body)[0].chat(QUESTION, Call(20), whole=True))
-    assert whole == ["答案"]
+    events = [delta("I think"), delta(" so.\n</think>\n"), delta("\n答")]
+    pieces = [sse(event, end="") for event in [*events, delta("案", "stop")]]
+    assert ai_texts(pieces) == ["I think", "I think so.\n", "答", "答案"]
+    assert ai_texts(pieces, interval=0) == ["答案"]
 
 
 @pytest.mark.parametrize(
-    ("contents", "chunks"),
+    "contents",
     [
-        (["你", "好", "吗"], ["你", "好", "吗"]),
-        (["你", "你好", "你好吗"], ["你", "好", "吗"]),
-        (["你", "你好", "你好吗？我很好，谢谢。", "你好吗？我很好，谢谢。再"], None),
-        (["哈", "哈", "哈"], ["哈", "哈", "哈"]),
-        (["哈", "哈哈", "！"], ["哈", "哈", "哈！"]),
-        (["1", "10", "0"], ["1", "0", Replace("1100")]),
-        (["12345678", "12345678", "9"], ["12345678", "9"]),
-        (["一二三四五六七八", "一二三四五六七八九", "一二三四五六七八九"], None),
-        (["一二三四五六七八", "一二三四五六七八九", "另一个答案"], None),
+        ["你", "好", "吗"],
+        ["哈"] * 2400,
+        ["哈", "哈哈", "！"],
+        ["1", "10", "0"],
+        ["--------", "----------------", "\nTitle\n", "important body", " end."],
+        ["12345678", "12345678", "9"],
     ],
 )
-def test_words_that_repeat_all_before_them_are_shown_once(contents, chunks):
-    shown = ai_chunks(*map(delta, contents), delta(finish="stop"))
-    if chunks is None:
-        assert joined(shown) == contents[-1]
-    else:
-        assert shown == chunks
-        assert [type(chunk) for chunk in shown] == [type(chunk) for chunk in chunks]
+@pytest.mark.parametrize("name", PROVIDERS.keys() - {"minimax-completion", "echo"})
+def test_pieces_are_never_taken_for_repetitions(name, contents):
+    body = sse(*map(delta, contents), delta(finish="stop"))
+    assert ai_texts(body, name=name, interval=0) == ["".join(contents)]
+    events = [sse(delta(content), end="") for content in contents]
+    so_far = ["".join(contents[:end]) for end in range(1, len(contents) + 1)]
+    assert ai_texts([*events, sse()], name=name) == so_far
 
 
-def test_a_last_event_with_the_full_text_is_not_added():
+def test_a_last_event_with_the_full_text_takes_the_place_of_what_came():
     full = {**message(ANSWER, None), "object": "chat.completion"}
-    assert "".join(ai_chunks(delta(A), delta(B), full)) == ANSWER
-    assert "".join(ai_chunks(delta(A), delta(B), delta(ANSWER))) == ANSWER
-    assert joined(ai_chunks(delta(A), delta("x"), full)) == ANSWER
+    for pieces in ([A, B], [A, "x"], []):
+        events = [*map(delta, pieces), full]
+        assert ai_answer(sse(*events)) == ANSWER
+    assert ai_answer(sse(delta(A), delta(B), message("", "stop"))) == ANSWER
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.text("哈a\n", min_size=4, max_size=4), min_size=1), st.booleans())
-def test_pieces_of_one_size_are_never_taken_for_repetitions(pieces, cumulative):
-    text, sent = "".join(pieces), pieces
-    if cumulative:
-        sent = ["".join(pieces[: index + 1]) for index in range(len(pieces))]
-    chunks = providers.new_text((piece, False) for piece in sent)
-    assert joined(chunks) == text
+@pytest.mark.parametrize("field", ["message", "delta"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": [{"type": "text", "text": A}, {"type": "text", "text": B}]},
+        {"content": [{"type": "thinking", "thinking": [{"text": "hm"}]}, A, B]},
+        {"content": None, "refusal": ANSWER},
+        {"content": "", "refusal": ANSWER, "tool_calls": []},
+    ],
+)
+def test_a_list_of_parts_is_joined_and_a_refusal_is_the_answer(field, said):
+    choice = {field: {"role": "assistant", **said}, "finish_reason": "stop"}
+    for body in (ai_json({"choices": [choice]}).encode(), sse({"choices": [choice]})):
+        for interval in (0, OFTEN):
+            assert ai_texts(body, interval=interval) == [ANSWER]
+
+
+@pytest.mark.parametrize("body", [sse(delta(A), delta(B, "length")), None])
+@pytest.mark.parametrize("interval", [0, OFTEN])
+def test_an_answer_that_was_cut_by_its_limit_says_so_after_its_text(body, interval):
+    body = body or ai_json(message(ANSWER, "length")).encode()
+    provider, tries = ai_service(body)
+    texts = provider.chat(QUESTION, CancelScope(20), interval)
+    assert next(texts) == ANSWER
+    with pytest.raises(ProviderError) as caught:
+        next(texts)
+    assert (caught.value.kind, caught.value.retry, len(tries)) == ("length", False, 1)
+
+
+def test_one_read_makes_one_text_and_a_text_is_not_repeated():
+    pieces = [
+        sse(*map(delta, "abc"), end=""),
+        b": keep-alive\n\n",
+        sse(*map(delta, "def"), end=""),
+        sse(delta(finish="stop")),
+    ]
+    assert ai_texts(pieces) == ["abc", "abcdef"]
+    assert ai_texts(pieces, interval=99) == ["abc", "abcdef"]
+    assert ai_texts([*pieces[:3], sse(delta("g"))], interval=99) == ["abc", "abcdefg"]
 
 
 def test_halves_of_an_emoji_come_together_and_a_lone_one_is_replaced():
-    def read(*contents):
-        return joined(providers.visible(contents))
-
-    assert read("a\ud83d", "\ude00b") == "a😀b"
-    assert read("a\ud83d", "b\ude00") == "a\ufffdb\ufffd"
+    read = providers.without_thinking
+    assert read("a\ud83d\ude00b") == "a😀b"
+    assert read("a\ud83db\ude00") == "a\ufffdb\ufffd"
     assert read("a\ud83d") == "a\ufffd"
+    assert read("a\ud83d", final=False) == "a"
 
 
-@pytest.mark.parametrize("part", ["abcd", "我们的", "<b>x", "</p>", "a <", "</thi\n"])
-def test_a_long_answer_costs_little(part):
-    body = sse(*[delta(part)] * 50_000, delta(finish="stop"))
-    limit, providers.LONGEST_ANSWER = providers.LONGEST_ANSWER, 1 << 30
-    try:
-        pieces = [body[i : i + 65536] for i in range(0, len(body), 65536)]
-        chunks = providers.events(
-            SimpleNamespace(
-                raw=SimpleNamespace(
-                    read1=lambda *_, **__: pieces.pop(0) if pieces else b""
-                )
-            ),
-            Call(60),
-        )
-        contents = [
-            event["choices"][0]["delta"].get("content", "") for event in chunks if event
-        ]
-    finally:
-        providers.LONGEST_ANSWER = limit
+@pytest.mark.parametrize(
+    "part",
+    ["abcd", "我们的", "<b>x", "</p>", "a <", "</thi\n", "`</think>", "</think>"],
+)
+def test_a_long_answer_costs_little(part, monkeypatch):
+    monkeypatch.setattr(providers, "LONGEST_ANSWER", 1 << 30)
+    body = sse(*[delta(part)] * 50_000, delta("end", finish="stop"))
+    pieces = [body[i : i + 65536] for i in range(0, len(body), 65536)]
+    provider, _ = ai_service(pieces)
     began = time.process_time()
-    text = joined(
-        providers.visible(providers.new_text((content, False) for content in contents))
-    )
-    assert time.process_time() - began < 1
-    assert text == part * 50_000
+    texts = list(provider.chat(QUESTION, CancelScope(60), 0.1))
+    assert time.process_time() - began < 2
+    said = part * 50_000 + "end"
+    assert texts[-1] == ("end" if part == "</think>" else said)
 
 
 def test_too_much_is_refused(no_pause):
     endless = (b"data: " + b"x" * 60_000 for _ in range(10**6))
     assert ai_failure(endless)[0].kind == "setup"
     lines = (sse(delta("x" * 60_000), end="") for _ in range(10**6))
-    assert ai_failure(lines, whole=True)[0].kind == "setup"
+    assert ai_failure(lines, interval=0)[0].kind == "setup"
 
 
 def test_an_error_is_told_in_short_and_without_the_key():

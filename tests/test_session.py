@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import socket
 import ssl
@@ -9,14 +10,16 @@ import subprocess
 import threading
 import time
 import traceback
+import zlib
 from contextlib import closing
 
 import pytest
 import requests
-from wire import Wire
 
+import providers
 from conftest import AI_KEY, ANSWER, QUESTION, RECORDED, delta, sse
-from providers import PROVIDERS, Call, Provider, ProviderError, joined
+from providers import PROVIDERS, Provider, ProviderError
+from session import CallEnded, CancelScope, open_session
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
@@ -47,9 +50,14 @@ def silent(head):
     return script
 
 
-def ask_socket(url, seconds=20.0, name="openai", key=AI_KEY, whole=False, **fields):
+def ask_socket(url, seconds=20.0, name="openai", key=AI_KEY, interval=0.2, **fields):
+    """Return every text so far."""
     provider = Provider(PROVIDERS[name], key, url, **fields)
-    return list(provider.chat(QUESTION, Call(seconds), whole))
+    return list(provider.chat(QUESTION, CancelScope(seconds), interval))
+
+
+def answer_of(provider, scope):
+    return [*provider.chat(QUESTION, scope, 0.2)][-1]
 
 
 DRIBBLES = {
@@ -109,7 +117,7 @@ def test_an_address_nobody_answers_at_cannot_hold_a_call():
 )
 def test_a_cut_connection_is_an_error_and_tried_again(ai_socket, no_pause, cut):
     server = ai_socket(cut, cut, OK + b"\r\n" + RECORDED["openai"])
-    assert "".join(ask_socket(server.url, whole=True)) == ANSWER
+    assert ask_socket(server.url, interval=0) == [ANSWER]
     assert len(server.heads) == 3
 
 
@@ -141,9 +149,9 @@ STOPPED = {
 
 @pytest.mark.parametrize("script", STOPPED.values(), ids=STOPPED)
 def test_a_call_is_ended_from_another_thread(ai_socket, script):
-    server, call = ai_socket(script), Call(30)
+    server, call = ai_socket(script), CancelScope(30)
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
-    timer = threading.Timer(0.3, call.stop)
+    timer = threading.Timer(0.3, call.cancel)
     timer.start()
     began = time.monotonic()
     with pytest.raises(ProviderError) as caught:
@@ -155,8 +163,8 @@ def test_a_call_is_ended_from_another_thread(ai_socket, script):
 
 
 def test_a_stopped_call_asks_nobody(ai_socket):
-    server, call = ai_socket(b""), Call(30)
-    call.stop()
+    server, call = ai_socket(b""), CancelScope(30)
+    call.cancel()
     with pytest.raises(ProviderError) as caught:
         list(Provider(PROVIDERS["openai"], AI_KEY, server.url).chat(QUESTION, call))
     assert (caught.value.kind, server.heads) == ("stopped", [])
@@ -171,7 +179,7 @@ def test_leaving_the_loop_ends_the_call(ai_socket):
             gone.set()
 
     provider = Provider(PROVIDERS["openai"], AI_KEY, ai_socket(script).url)
-    chunks = provider.chat(QUESTION, Call(30))
+    chunks = provider.chat(QUESTION, CancelScope(30), 0.2)
     assert next(chunks) == "一"
     chunks.close()
     assert gone.wait(5)
@@ -191,9 +199,9 @@ def test_a_connection_serves_one_answer_after_another(ai_socket, recorded):
     server = ai_socket(keeping(RECORDED[recorded]))
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
     for _ in range(3):
-        call = Call(20)
-        assert joined(provider.chat(QUESTION, call)) == ANSWER
-        call.stop()  # it is over, so this must not cut what the next one uses
+        call = CancelScope(20)
+        assert answer_of(provider, call) == ANSWER
+        call.cancel()  # it is over, so this must not cut what the next one uses
     assert len(server.heads) == 3
     assert len(server.peers) == 1
 
@@ -205,12 +213,12 @@ def test_stopping_a_call_does_not_cut_the_one_that_has_its_connection_now(ai_soc
 
     server = ai_socket(keeping(RECORDED["plain JSON"]), late)
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
-    first = Call(20)
-    chunks = provider.chat(QUESTION, first)
+    first = CancelScope(20)
+    chunks = provider.chat(QUESTION, first, 0.2)
     assert next(chunks)  # it was read to its end, but its reader is not through
-    timer = threading.Timer(0.2, first.stop)
+    timer = threading.Timer(0.2, first.cancel)
     timer.start()
-    assert joined(provider.chat(QUESTION, Call(20))) == ANSWER
+    assert answer_of(provider, CancelScope(20)) == ANSWER
     timer.join()
     chunks.close()
     assert (len(server.heads), len(server.peers)) == (2, 1)
@@ -219,7 +227,7 @@ def test_stopping_a_call_does_not_cut_the_one_that_has_its_connection_now(ai_soc
 def test_an_answer_is_complete_though_the_connection_stays_open(ai_socket):
     server = ai_socket(silent(OK + b"\r\n" + sse(delta("一", "stop"), end="")))
     began = time.monotonic()
-    assert ask_socket(server.url, 10, whole=True) == ["一"]
+    assert ask_socket(server.url, 10, interval=0) == ["一"]
     assert time.monotonic() - began < 2
 
 
@@ -228,7 +236,7 @@ def test_threads_without_end_do_not_pile_up(ai_socket):
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
     before = threading.active_count()
     for _ in range(20):
-        joined(provider.chat(QUESTION, Call(600)))
+        answer_of(provider, CancelScope(600))
     deadline = time.monotonic() + 5
     while threading.active_count() > before + 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -238,7 +246,7 @@ def test_threads_without_end_do_not_pile_up(ai_socket):
 @pytest.mark.parametrize("url", ["https://.de", "http://[::1", "https://a..b"])
 def test_an_address_that_cannot_be_is_an_error_of_requests(url):
     with pytest.raises(requests.RequestException):
-        Wire(url).post(f"{url}/x", b"{}", {}, (1, 1))
+        open_session(url).post(f"{url}/x", b"{}", {}, (1, 1))
 
 
 def test_netrc_does_not_replace_the_key(ai_socket, tmp_path, monkeypatch):
@@ -248,7 +256,7 @@ def test_netrc_does_not_replace_the_key(ai_socket, tmp_path, monkeypatch):
     server = ai_socket(OK + b"\r\n" + RECORDED["openai"])
     assert requests.utils.get_netrc_auth(server.url)  # so requests would have used it
     for name, key in (("openai", AI_KEY), ("ollama", "")):
-        assert "".join(ask_socket(server.url, name=name, key=key)) == ANSWER
+        assert ask_socket(server.url, name=name, key=key)[-1] == ANSWER
     assert f"\nAuthorization: Bearer {AI_KEY}" in server.heads[0]
     assert "Authorization" not in server.heads[1]
 
@@ -256,7 +264,7 @@ def test_netrc_does_not_replace_the_key(ai_socket, tmp_path, monkeypatch):
 def test_a_proxy_of_the_environment_is_used(ai_socket, monkeypatch):
     proxy = ai_socket(OK + b"\r\n" + RECORDED["openai"])
     monkeypatch.setenv("HTTP_PROXY", proxy.url)
-    assert "".join(ask_socket("http://ai.example/v1")) == ANSWER
+    assert ask_socket("http://ai.example/v1")[-1] == ANSWER
     assert proxy.heads[0].startswith("POST http://ai.example/v1/chat/completions HTTP")
     assert f"\nAuthorization: Bearer {AI_KEY}" in proxy.heads[0]
 
@@ -304,9 +312,9 @@ def test_a_key_that_no_header_can_hold_is_not_told(ai_socket, caplog, name, key)
     assert not server.heads
 
 
-def test_tls_is_read_and_stopped_and_ended_like_any_other(
-    ai_socket, tmp_path, monkeypatch
-):
+@pytest.fixture
+def tls(tmp_path, monkeypatch):
+    """Return the context of a server whose certificate REQUESTS_CA_BUNDLE names."""
     made = subprocess.run(
         "openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out cert -days 2 "
         "-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 "
@@ -321,28 +329,202 @@ def test_tls_is_read_and_stopped_and_ended_like_any_other(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert"))
+    return context
+
+
+def test_tls_is_read_and_stopped_and_ended_like_any_other(ai_socket, tls):
     server = ai_socket(
         keeping(RECORDED["openai"]),
         keeping(RECORDED["openai"]),
         dribble(OK + b"\r\n", b": x\n"),
         dribble(OK, b"X: x\r\n"),
         silent(b""),
-        context=context,
+        context=tls,
     )
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
     for _ in range(2):
-        assert joined(provider.chat(QUESTION, Call(20))) == ANSWER
+        assert answer_of(provider, CancelScope(20)) == ANSWER
     assert len(server.peers) == 1
     for seconds, stop, kind in (
         (0.5, 9, "slow"),
         (0.5, 9, "slow"),
         (9, 0.3, "stopped"),
     ):
-        call, began = Call(seconds), time.monotonic()
-        timer = threading.Timer(stop, call.stop)
+        call, began = CancelScope(seconds), time.monotonic()
+        timer = threading.Timer(stop, call.cancel)
         timer.start()
         with pytest.raises(ProviderError) as caught:
             list(provider.chat(QUESTION, call))
         timer.cancel()
         assert caught.value.kind == kind
         assert time.monotonic() - began < 1.5
+
+
+FRAMINGS = {
+    "chunked": (b"Transfer-Encoding: chunked\r\n\r\n", ai_chunked, b"0\r\n\r\n"),
+    "a length": (b"Content-Length: %d\r\n\r\n", bytes, b""),
+    "to the end": (b"Connection: close\r\n\r\n", bytes, b""),
+}
+
+
+def speaking(pieces, framing, seconds):
+    """Return a script that sends the pieces of a body over some seconds."""
+
+    def script(connection):
+        head, wrap, end = FRAMINGS[framing]
+        total = sum(map(len, pieces))
+        connection.sendall(OK + (head % total if b"%" in head else head))
+        for piece in pieces:
+            connection.sendall(wrap(piece))
+            time.sleep(seconds / len(pieces))
+        connection.sendall(end)
+        return framing != "to the end"
+
+    return script
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_stream_is_read_at_the_pace_of_its_updates(
+    ai_socket, request, monkeypatch, framing, secure
+):
+    context = request.getfixturevalue("tls") if secure else None
+    words = [f"{number} 个字🌏 " * 40 for number in range(100)]
+    body = sse(*map(delta, words), delta(finish="stop"))
+    pieces = [body[start : start + 997] for start in range(0, len(body), 997)]
+    server = ai_socket(speaking(pieces, framing, 1.0), context=context)
+    reads = []
+    read = providers.read_arrived
+    monkeypatch.setattr(
+        providers, "read_arrived", lambda *given: reads.append(1) or read(*given)
+    )
+    texts = ask_socket(server.url, interval=0.4)
+    assert texts[-1] == "".join(words)
+    assert all(texts[-1].startswith(text) for text in texts)
+    assert 3 <= len(texts) <= 6
+    assert len(pieces) > 60
+    assert len(reads) <= 10
+
+
+def test_the_end_of_an_answer_does_not_wait_for_the_next_update(ai_socket):
+    pieces = [sse(delta(word), end="") for word in "abcdef"]
+    server = ai_socket(speaking([*pieces, sse()], "chunked", 0.7))
+    began = time.monotonic()
+    assert ask_socket(server.url, interval=30.0) == ["a", "abcdef"]
+    assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_what_has_come_does_not_wait_for_what_comes_next(ai_socket, request, secure):
+    context = request.getfixturevalue("tls") if secure else None
+    pieces = [sse(delta("a"), end=""), sse(delta("b"))]
+    server = ai_socket(speaking(pieces, "chunked", 4.0), context=context)
+    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    began = time.monotonic()
+    assert next(provider.chat(QUESTION, CancelScope(20), 0.2)) == "a"
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("place", ["read_arrived", "a rest"])
+def test_a_stop_ends_a_stream_while_it_rests_too(ai_socket, monkeypatch, place):
+    monkeypatch.setattr(providers, "READ_EVERY", 30.0 if place == "a rest" else 0.0)
+    script = silent(OK + b"\r\n" + sse(delta("a"), end=""))
+    scope, texts = CancelScope(20), []
+    timer = threading.Timer(0.3, scope.cancel)
+    timer.start()
+    began = time.monotonic()
+    provider = Provider(PROVIDERS["openai"], AI_KEY, ai_socket(script).url)
+    with pytest.raises(ProviderError) as caught:
+        texts.extend(provider.chat(QUESTION, scope, 0.1))
+    timer.join()
+    assert caught.value.kind == "stopped"
+    assert 0.2 < time.monotonic() - began < 1.5
+
+
+@pytest.mark.parametrize("interval", [0, 0.2])
+@pytest.mark.parametrize("body", [RECORDED["openai"], RECORDED["plain JSON"]])
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "gzip, deflate"])
+def test_an_answer_is_read_though_it_was_compressed(
+    ai_socket, encoding, body, interval
+):
+    for name in encoding.split(", "):
+        body = gzip.compress(body) if name == "gzip" else zlib.compress(body)
+    head = OK + f"Content-Encoding: {encoding}\r\n".encode()
+
+    def script(connection):
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        for start in range(0, len(body), 50):
+            connection.sendall(ai_chunked(body[start : start + 50]))
+        connection.sendall(b"0\r\n\r\n")
+        return True
+
+    server = ai_socket(script)
+    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    for _ in range(2):
+        assert [*provider.chat(QUESTION, CancelScope(20), interval)][-1] == ANSWER
+    assert (len(server.heads), len(server.peers)) == (2, 1)
+    assert "accept-encoding: identity" in server.heads[0].lower()
+
+
+def test_a_broken_compression_is_an_error_like_another(ai_socket, no_pause):
+    server = ai_socket(OK + b"Content-Encoding: gzip\r\n\r\n" + b"no gzip at all")
+    with pytest.raises(ProviderError) as caught:
+        ask_socket(server.url)
+    assert caught.value.kind == "busy"
+
+
+@pytest.mark.parametrize("interval", [0, 0.2])
+def test_a_thousand_answers_take_no_more_connections_than_threads(ai_socket, interval):
+    server = ai_socket(keeping(RECORDED["openai"]))
+    session = open_session(server.url, 8)
+    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url, session=session)
+
+    def work():
+        for _ in range(1000 // 8):
+            answers.extend(provider.chat(QUESTION, CancelScope(60), interval))
+
+    answers = []
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers.count(ANSWER) == 1000
+    assert len(server.peers) <= 8
+
+
+def test_calls_between_two_texts_are_not_under_the_scope_of_the_answer(ai_socket):
+    pieces = [sse(delta(word), end="") for word in "ab"]
+    ai = ai_socket(silent(OK + b"\r\n" + pieces[0]))
+    im = ai_socket(dribble(b"", b"H"), keeping(b"{}"))
+    provider, scope = Provider(PROVIDERS["openai"], AI_KEY, ai.url), CancelScope(20)
+    for text in provider.chat(QUESTION, scope, 0.1):
+        assert text == "a"
+        held = scope.socket
+        with pytest.raises(CallEnded), CancelScope(0.3):
+            open_session(im.url).post(im.url, b"{}", {}, (5, 5))
+        assert open_session(im.url).post(im.url, b"{}", {}, (5, 5)).json() == {}
+        assert scope.socket is held
+        break
+
+
+def test_no_cookie_is_kept_and_no_password_of_an_address_is_sent(ai_socket):
+    cookie = b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\nContent-Length: 2\r\n\r\n{}"
+    server = ai_socket(cookie)
+    session, url = open_session(server.url), server.url.replace("//", "//me:secret@")
+    for _ in range(2):
+        headers = {"Authorization": "Bearer k"}
+        assert session.post(f"{url}/x", b"{}", headers, (5, 5)).json() == {}
+    assert not session.cookies
+    assert all("Authorization: Bearer k" in head for head in server.heads)
+    assert not any("cookie" in head.lower() for head in server.heads)
+
+
+def test_an_error_of_a_scope_that_goes_on_is_let_out_as_it_is(ai_socket):
+    server, scope = ai_socket(b""), CancelScope(20)
+    with pytest.raises(requests.ConnectionError), scope:
+        open_session(server.url).post(server.url, b"{}", {}, (5, 5))
+    scope.cancel()
+    with pytest.raises(CallEnded) as caught, scope:
+        raise AssertionError("not to be reached")
+    assert caught.value.reason == "stopped"
