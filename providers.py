@@ -178,11 +178,8 @@ class Provider:
             raise ProviderError("setup", "AI_SECRET_KEY has a character no key has")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        # The first is for each address of a host, and it may have several.
-        timeout = (
-            min(CONNECT_TIMEOUT, scope.remaining() / 4 + 0.1),
-            scope.remaining() + 1,
-        )
+        left = scope.remaining()  # a host may have several addresses to connect to
+        timeout = (min(CONNECT_TIMEOUT, left / 4 + 0.1), left + 1)
         with scope:
             return self.session.post(self.url + path, data, headers, timeout, True)
 

@@ -29,7 +29,7 @@ from requests.utils import default_user_agent
 from urllib3.util import wait_for_read
 
 WATCH_EVERY = 0.25  # seconds
-MOST_PIECES = 1000  # of a body in one read, so that no flood holds a reader
+LONGEST_READ = 1 << 20  # bytes, so that a flood cannot hold a reader
 HEADERS = {
     "User-Agent": default_user_agent(),
     "Accept": "*/*",
@@ -196,15 +196,15 @@ def open_session(url: str, threads: int = 64) -> Session:
 
 def read_arrived(response: requests.Response, scope: CancelScope) -> bytes:
     """Wait for bytes of a body, return all that have come by then; b"" is its end."""
-    raw, pieces = response.raw, list[bytes]()
+    raw, arrived = response.raw, bytearray()
     with scope:
-        while len(pieces) < MOST_PIECES:
-            pieces.append(raw.read1(65536, decode_content=True))
-            if not (pieces[-1] and has_more(raw, scope.socket)):
+        while piece := raw.read1(65536, decode_content=True):
+            arrived += piece
+            if len(arrived) > LONGEST_READ or not has_more(raw, scope.socket):
                 break
     if raw.closed:
         scope.socket = None  # from here on it may serve another call
-    return b"".join(pieces)
+    return bytes(arrived)
 
 
 def has_more(raw: Any, held: socket | None) -> bool:

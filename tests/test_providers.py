@@ -170,6 +170,17 @@ def test_address_model_and_extras_of_the_operator_come_last():
     }
 
 
+@responses.activate
+def test_the_neutral_preset_sends_no_field_of_any_vendor():
+    mock = responses.post("http://here/v1/chat/completions", body=RECORDED["openai"])
+    for model in ("", "m"):
+        provider = Provider(PROVIDERS["openai-compatible"], "", "http://here/v1", model)
+        assert answer_of(provider) == ANSWER
+        asked = {"messages": QUESTION, "stream": False, "max_tokens": 8192}
+        asked |= {"model": model} if model else {}
+        assert json.loads(mock.calls[-1].request.body) == asked
+
+
 @pytest.mark.parametrize("pasted", ["Bearer sk-1", " sk-1\n", "Bearer  sk-1 "])
 @responses.activate
 def test_a_key_is_sent_as_one_bearer_however_it_was_pasted(pasted):

@@ -206,6 +206,21 @@ def test_a_connection_serves_one_answer_after_another(ai_socket, recorded):
     assert len(server.peers) == 1
 
 
+def test_a_connection_whose_body_ends_after_the_answer_serves_the_next(ai_socket):
+    def script(connection):
+        connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(ai_chunked(sse(delta(ANSWER, "stop"), end="")))
+        time.sleep(0.02)
+        connection.sendall(ai_chunked(sse()) + b"0\r\n\r\n")
+        return True
+
+    server = ai_socket(script)
+    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    for _ in range(3):
+        assert answer_of(provider, CancelScope(20)) == ANSWER
+    assert (len(server.heads), len(server.peers)) == (3, 1)
+
+
 def test_stopping_a_call_does_not_cut_the_one_that_has_its_connection_now(ai_socket):
     def late(connection):
         time.sleep(0.4)
