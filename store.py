@@ -263,11 +263,16 @@ class Store:
 
     def prune(self, age: float) -> int:
         """Delete what ended more than `age` seconds ago; return how many."""
-        total = 0
-        while deleted := self._write_one("prune", age=age, batch=BATCH):
-            total += len(deleted)
+        total = after = 0
+        while True:
+            page = {"after": after, "age": age, "batch": BATCH}
+            [(last, ended)] = self._read("page", page)
+            if last is None:
+                return total
+            if ended:
+                total += len(self._write_one("prune", **page, last=last))
+            after = last
             time.sleep(0.02)  # so that others get their turn
-        return total
 
     def load(self) -> tuple[int, int, int]:
         """Return how many messages wait, how many are claimed, and how many could be
@@ -606,15 +611,18 @@ SQL = {
     "forget": """UPDATE message SET state = 'gone',
             data = NULL, reply = NULL, progress = NULL, reason = NULL
         WHERE conversation = :conversation AND state IN ('done', 'failed')""",
-    # Delete what ended long ago, which is among what came first.
-    "prune": """DELETE FROM message WHERE ended < {now} - :age AND seq IN
-        (SELECT seq FROM message ORDER BY seq LIMIT :batch) RETURNING 1""",
+    # Look at the next messages: the last of them, and how many ended long ago.
+    "page": """SELECT max(seq), count(CASE WHEN ended < {now} - :age THEN 1 END)
+        FROM (SELECT seq, ended FROM message WHERE seq > :after
+            ORDER BY seq LIMIT :batch) AS page""",
+    "prune": """DELETE FROM message WHERE ended < {now} - :age
+        AND seq > :after AND seq <= :last RETURNING 1""",
     "load": """SELECT coalesce(sum(open), 0), count(token),
             coalesce(sum(CASE WHEN due <= {now} THEN 1 ELSE 0 END), 0)
         FROM conversation""",
     "stats": """SELECT (SELECT count(*) FROM message WHERE state = 'failed'),
-        (SELECT {now} - min(message.accepted) FROM conversation JOIN message
-            ON conversation = name AND state = 'open')""",
+        (SELECT {now} - min(message.accepted) FROM conversation CROSS JOIN message
+            WHERE conversation = name AND state = 'open')""",
     "failed": """SELECT seq, id, reason, {now} - ended FROM message
         WHERE state = 'failed' ORDER BY seq""",
     # Open failed messages again; their age counts from now.
