@@ -14,7 +14,6 @@ import ipaddress
 import logging
 import math
 import re
-import threading
 import time
 from collections.abc import Generator
 from typing import Any, ClassVar
@@ -22,13 +21,15 @@ from typing import Any, ClassVar
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
-from psycopg_pool import ConnectionPool, PoolTimeout
+from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 
 from store import SCHEMA, Data, Rows, Step, Store, StoreError
 
 CONNECTIONS = 4  # of one process at the most: the smallest plans allow 20 in all
 POOL_TIMEOUT = 0.6  # seconds to wait for a connection; Tencent waits 2 for an answer
 STEP_TIMEOUT = 1.0  # seconds for a whole transaction
+STALE_TIMEOUT = 0.3  # seconds in which a step is tried on another connection
+START_TIMEOUT = 10.0  # seconds for the first connection to make the tables
 SCHEMA_LOCK = 1380076593  # names the advisory lock under which tables are made
 # What a server says that will be well later without anybody's help.
 PASSING = (
@@ -36,8 +37,11 @@ PASSING = (
     "shutting down",
     "too many",
     "remaining connection",
+    "no more connections",
     "recovery",
 )
+# SQLSTATEs of a connection that was closed: none, by the end of the server, by a crash.
+CLOSED = (None, "57P01", "57P02")
 PRIVATE_NAMES = (".internal", ".local", ".localhost", ".svc", ".flycast", ".lan")
 
 _DURABILITY = """SELECT reset_val FROM pg_settings
@@ -60,7 +64,7 @@ class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
             while True:
                 ready = yield wanted
                 if time.monotonic() > self.deadline:
-                    raise psycopg.OperationalError("no answer in time")
+                    raise psycopg.errors.QueryCanceled("no answer in time")
                 wanted = gen.send(ready)
         except StopIteration as end:
             return end.value
@@ -99,9 +103,11 @@ class PostgresStore(Store):
             reconnect_timeout=1,
             open=False,
         )
-        self._schema_lock, self._ready = threading.Lock(), False
+        self._ready = False  # the tables are there
         try:
-            self._make_schema()
+            with BoundedConnection.connect(self._conninfo, **self._options) as first:
+                first.deadline = time.monotonic() + START_TIMEOUT
+                self._make_schema(first)
         except psycopg.Error as error:
             why = self._redacted(error)
             unreachable = isinstance(error, psycopg.OperationalError) and (
@@ -109,35 +115,34 @@ class PostgresStore(Store):
             )
             if not unreachable and not any(word in why for word in PASSING):
                 raise StoreError(why) from None
+        self._pool.open()
 
-    def _make_schema(self) -> None:
+    def _make_schema(self, connection: BoundedConnection) -> None:
         """Make the tables, unless they are there; other processes wait meanwhile."""
-        with self._schema_lock:
-            if self._ready:
-                return
-            with BoundedConnection.connect(self._conninfo, **self._options) as first:
-                lock = f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})"
-                schema = SCHEMA.format(**self.dialect)
-                first.execute(f"BEGIN; {lock}; {schema}; COMMIT")
-            self._pool.open()
-            self._ready = True
+        # Looked for first: to create what exists waits for whoever vacuums a table, and
+        # all who write wait behind.
+        last = "SELECT to_regclass('message_asked') IS NOT NULL"
+        if not _rows(connection.execute(last))[0][0]:
+            lock = f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})"
+            schema = SCHEMA.format(**self.dialect)
+            connection.execute(f"BEGIN; {lock}; {schema}; COMMIT")
+        self._ready = True
 
     def _write(self, step: Step, durable: bool = False, lone: bool = False) -> Any:
-        try:
-            if not self._ready:
-                self._make_schema()
+        began = time.monotonic()
+        while True:
             try:
                 return self._transact(step, durable, lone)
-            except psycopg.OperationalError as error:
-                # A connection that the server closed while it was idle tells it now.
-                if error.sqlstate or "in time" in str(error):
-                    raise
-                return self._transact(step, durable, lone)
-        except (psycopg.Error, PoolTimeout) as error:
-            raise StoreError(self._redacted(error)) from None
+            except psycopg.Error as error:
+                # What the server closed while it was idle tells it now, at once.
+                final = isinstance(error, PoolTimeout | PoolClosed)
+                final = final or error.sqlstate not in CLOSED
+                if final or time.monotonic() > began + STALE_TIMEOUT:
+                    raise StoreError(self._redacted(error)) from None
 
     def _transact(self, step: Step, durable: bool, lone: bool) -> Any:
-        begin = f"BEGIN; SET LOCAL statement_timeout = {STEP_TIMEOUT * 1000:.0f}; "
+        begin = "BEGIN ISOLATION LEVEL READ COMMITTED; "
+        begin += f"SET LOCAL statement_timeout = {STEP_TIMEOUT * 1000:.0f}; "
         begin += "" if durable else "SET LOCAL synchronous_commit = off; "
         commit = "; COMMIT" if lone else ""
 
@@ -150,6 +155,8 @@ class PostgresStore(Store):
         with self._pool.connection() as connection:
             connection.deadline = time.monotonic() + STEP_TIMEOUT
             try:
+                if not self._ready:
+                    self._make_schema(connection)
                 result = step(execute)
                 connection.commit()
                 return result
@@ -161,7 +168,9 @@ class PostgresStore(Store):
         return self._write(lambda execute: execute(name, values), lone=True)  # type: ignore[no-any-return]
 
     def _redacted(self, error: Exception) -> str:
-        text = " ".join(str(error).split())
+        # The rest of a text may quote what was to be stored.
+        primary = error.diag.message_primary if isinstance(error, psycopg.Error) else ""
+        text = " ".join((primary or str(error)).split())
         if self._password:
             text = text.replace(self._password, "***")
         return f"PostgreSQL cannot be used: {text}"
@@ -198,7 +207,7 @@ def _conninfo(url: str) -> tuple[str, str]:
         raise StoreError(
             "it is not like postgresql://user:password@host:5432/name"
         ) from None
-    extra = {"connect_timeout": "2"}
+    extra = {"connect_timeout": "2", "client_encoding": "utf8"}
     if not _is_private(str(info.get("host", ""))):
         extra["sslmode"] = "require"
     extra = {name: value for name, value in extra.items() if name not in info}

@@ -29,7 +29,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 LEASE = 15.0  # seconds a claim lasts unless heartbeat prolongs it
-LONGEST_DELAY = 3600.0  # seconds; what is due later was written before a clock step
+LONGEST_DELAY = 120.0  # seconds; what is due later was written before a clock step
 MAX_ATTEMPTS = 3  # claims that may end without a word before a message is failed
 MINUTE = 60  # seconds over which add's `rate` counts
 HISTORY_LIMIT = 50  # messages of one conversation that history returns at the most
@@ -263,11 +263,16 @@ class Store:
 
     def prune(self, age: float) -> int:
         """Delete what ended more than `age` seconds ago; return how many."""
-        total = 0
-        while deleted := self._write_one("prune", age=age, batch=BATCH):
-            total += len(deleted)
+        total = after = 0
+        while True:
+            page = {"after": after, "age": age, "batch": BATCH}
+            [(last, ended)] = self._read("page", page)
+            if last is None:
+                return total
+            if ended:
+                total += len(self._write_one("prune", **page, last=last))
+            after = last
             time.sleep(0.02)  # so that others get their turn
-        return total
 
     def load(self) -> tuple[int, int, int]:
         """Return how many messages wait, how many are claimed, and how many could be
@@ -373,20 +378,26 @@ class SQLiteStore(Store):
         self._pending: deque[PendingWrite] = deque()
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
         try:
-            # Chats are nobody else's business; the WAL gets the same mode.
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._create_file()
             self._writer, self._reader = self._connect(), self._connect()
             self._execute_retrying("PRAGMA journal_mode = WAL")
+            self._writer.execute("PRAGMA secure_delete = ON")
             schema = SCHEMA.format(**self.dialect)
             _migrate(self._writer, schema)
             self._writer.executescript(schema)
-            self._writer.execute("PRAGMA secure_delete = ON")
             self._writer.execute("PRAGMA busy_timeout = 5")  # milliseconds
             self._set_synchronous("FULL")
             self._file = self._identity()
         except (OSError, sqlite3.Error) as error:
             why = f"the database {self.path} cannot be opened: {error}"
             raise StoreError(why) from None
+
+    def _create_file(self) -> None:
+        """Make a new file that is readable by its owner only; its WAL will be too."""
+        # One that is there is not opened: to close it would end every lock that SQLite
+        # has on it in this process, and another process would delete the WAL.
+        with suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(
@@ -568,7 +579,9 @@ SQL = {
         WHERE name IN ({each}(:names)) AND token IN ({each}(:tokens))
         RETURNING token, cancelled""",
     # After the clock was set back, nothing waits for it to catch up.
-    "repair": "UPDATE conversation SET due = {now} WHERE due > {now} + :longest",
+    "repair": """UPDATE conversation
+        SET due = {now} + CASE WHEN token IS NULL THEN 0 ELSE :lease END
+        WHERE due > {now} + :longest""",
     "save_reply": f"""UPDATE message SET reply = coalesce(:reply, reply),
             remember = CASE WHEN :reply IS NULL THEN remember ELSE :remember END,
             progress = coalesce(:progress, progress)
@@ -598,15 +611,18 @@ SQL = {
     "forget": """UPDATE message SET state = 'gone',
             data = NULL, reply = NULL, progress = NULL, reason = NULL
         WHERE conversation = :conversation AND state IN ('done', 'failed')""",
-    # Delete what ended long ago, which is among what came first.
-    "prune": """DELETE FROM message WHERE ended < {now} - :age AND seq IN
-        (SELECT seq FROM message ORDER BY seq LIMIT :batch) RETURNING 1""",
+    # Look at the next messages: the last of them, and how many ended long ago.
+    "page": """SELECT max(seq), count(CASE WHEN ended < {now} - :age THEN 1 END)
+        FROM (SELECT seq, ended FROM message WHERE seq > :after
+            ORDER BY seq LIMIT :batch) AS page""",
+    "prune": """DELETE FROM message WHERE ended < {now} - :age
+        AND seq > :after AND seq <= :last RETURNING 1""",
     "load": """SELECT coalesce(sum(open), 0), count(token),
             coalesce(sum(CASE WHEN due <= {now} THEN 1 ELSE 0 END), 0)
         FROM conversation""",
     "stats": """SELECT (SELECT count(*) FROM message WHERE state = 'failed'),
-        (SELECT {now} - min(message.accepted) FROM conversation JOIN message
-            ON conversation = name AND state = 'open')""",
+        (SELECT {now} - min(message.accepted) FROM conversation CROSS JOIN message
+            WHERE conversation = name AND state = 'open')""",
     "failed": """SELECT seq, id, reason, {now} - ended FROM message
         WHERE state = 'failed' ORDER BY seq""",
     # Open failed messages again; their age counts from now.
@@ -649,5 +665,7 @@ INSERT INTO message (seq, id, conversation, state, data, reply, progress, rememb
 INSERT INTO conversation (name, open, due)
     SELECT conversation, count(*), min(accepted) FROM message
     WHERE state = 'open' GROUP BY conversation;
+DELETE FROM sqlite_sequence WHERE name = 'message';
+UPDATE sqlite_sequence SET name = 'message' WHERE name = 'message_1';
 DROP TABLE message_1;
 """

@@ -4,80 +4,52 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import socket
-import subprocess
 import threading
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import providers
+from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer
 from test_botserver import APPID, STORY, Caller, idle, im, make_app, poll, said_to, sim  # noqa: F401
 
 HERE = Path(__file__).parent.parent  # the root of the project
 
 
-class RedisServer:
-    """A real redis-server of our own."""
-
-    def __init__(self, folder, *options):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.folder, self.options = folder, options
-        self.url = f"redis://:hush-hush@127.0.0.1:{self.port}/0"
-        self.start()
-
-    def start(self):
-        self.process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
-            + ["--dir", str(self.folder), "--requirepass", "hush-hush", "--save", ""]
-            + ["--appendonly", "yes", "--appendfsync", "always", *self.options],
-            stdout=subprocess.DEVNULL,
-        )
-        poll(self.answers)
-
-    def answers(self):
-        assert self.process.poll() is None, "redis-server did not start"
-        return self.cli("ping") == "PONG"
-
-    def cli(self, *words):
-        command = ["redis-cli", "-p", str(self.port), "-a", "hush-hush", *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    def send(self, number):
-        self.process.send_signal(number)
-
-    def stop(self):
-        self.send(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait()
-
-
-def redis_or_skip():
+@contextmanager
+def started(database, *about):
+    """Have a database server of our own, if this machine has what it needs."""
     try:
-        import redis  # noqa: F401
+        import psycopg  # noqa: F401
 
-        missing = "" if shutil.which("redis-server") else "redis-server"
-    except ImportError:
-        missing = "the package redis"
-    if missing and os.environ.get("CI") == "true":
-        pytest.fail(f"{missing} is not installed")
-    elif missing:
-        pytest.skip(f"{missing} is not installed")
+        server = database(*about)
+    except (ImportError, NotInstalled) as error:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_postgres():
+    """A server that tests share, so none may stop it."""
+    with started(lambda: PostgresServer(**FAST)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_bouncer(shared_postgres):
+    with started(PgBouncer, shared_postgres) as bouncer:
+        yield bouncer
 
 
 @pytest.fixture
-def redis_server(tmp_path):
-    """A server that a test may stop."""
-    redis_or_skip()
-    server = RedisServer(tmp_path)
-    yield server
-    server.stop()
+def postgres_server():
+    """A server that a test may stop; it keeps what it acknowledged."""
+    with started(PostgresServer) as server:
+        yield server
 
 
 ANSWER = "你好，世界🌏！\u2028用 `<think>` 标签，2 < 3。"

@@ -438,13 +438,14 @@ def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_pa
 
 
 def test_a_server_that_is_killed_for_good_is_replaced_by_another(
-    sim, tmp_path, postgres
+    sim, tmp_path, postgres_server
 ):
-    """Two servers, as on two machines, share a database; one dies in the middle."""
+    """Two servers, as on two machines, share a PostgreSQL; one dies in the middle."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
-    bots = [BotProcess(sim, str(f), DATABASE_URL=postgres.url) for f in folders]
+    url = postgres_server.url
+    bots = [BotProcess(sim, str(f), DATABASE_URL=url) for f in folders]
     users = [f"user{number}" for number in range(40)]
     sim.users |= set(users)
     sim.ai_delay = 2

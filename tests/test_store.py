@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 
 import store
-from conftest import HERE, RedisServer, poll, redis_or_skip
-from store import RedisStore, SQLiteStore, StoreError, open_store
+from config import STORES, ConfigError, load
+from conftest import HERE, poll
+from store import Added, SQLiteStore, StoreError
+
+NEW, KNOWN = Added.NEW, Added.KNOWN
+MADE_TABLES = "DROP TABLE IF EXISTS message, conversation"
+
+# The beginning of scripts that open the store of a URL in a process of their own.
+OPEN = """
+import json, random, sys, threading, time
+import store
+if sys.argv[1].startswith("sqlite"):
+    Kind = store.SQLiteStore
+else:
+    from postgres import PostgresStore as Kind
+"""
 
 
 def in_threads(count, work):
@@ -35,36 +53,74 @@ def in_threads(count, work):
     return [results[number] for number in range(count)]
 
 
-@pytest.fixture(scope="session")
-def shared_redis(tmp_path_factory):
-    redis_or_skip()
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.stop()
+def start_script(script, url, *words, **options):
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", OPEN + script, url, *words],
+        cwd=HERE,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
-@pytest.fixture(params=["sqlite", "redis"])
-def place(request, tmp_path):
-    """Where a store is: what open_store wants to know."""
+def open_url(url):
+    return load(STORES, url.partition(":")[0])(url)
+
+
+def path_of(url):
+    return Path(url.removeprefix("sqlite:///"))
+
+
+def query(url, sql):
+    """Do a statement of SQL beside the store; return its rows."""
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(path_of(url), isolation_level=None)) as file:
+            return file.execute(sql).fetchall()
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True, prepare_threshold=None) as connection:
+        cursor = connection.execute(sql)
+        return cursor.fetchall() if cursor.description else []
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request, tmp_path):
+    """The address of an empty store."""
     if request.param == "sqlite":
-        return str(tmp_path / "store.db"), ""
-    server = request.getfixturevalue("shared_redis")
-    server.cli("flushall")
-    return "", server.url
+        return f"sqlite:///{tmp_path}/store.db"
+    server = request.getfixturevalue("shared_postgres")
+    query(server.url, MADE_TABLES)
+    if request.param == "pgbouncer":
+        return request.getfixturevalue("shared_bouncer").url
+    return server.url
+
+
+# Some tests also run through what platforms put before PostgreSQL.
+and_pgbouncer = pytest.mark.parametrize(
+    "url", ["sqlite", "postgres", "pgbouncer"], indirect=True
+)
+COUNTS = """SELECT name, open,
+    (SELECT count(*) FROM message WHERE conversation = name AND state = 'open')
+    FROM conversation"""
 
 
 @pytest.fixture
-def opened(place):
+def opened(url):
     """Return a function that opens the store again, as another process would."""
-    stores = []
+    stores, threads = [], threading.active_count()
 
     def again():
-        stores.append(open_store(*place))
+        stores.append(open_url(url))
         return stores[-1]
 
     yield again
+    counts = query(url, COUNTS) if stores else []
     for each in stores:
         each.close()
+    assert all(said == true > 0 for _, said, true in counts), counts
+    poll(lambda: threading.active_count() <= threads)
 
 
 @pytest.fixture
@@ -74,89 +130,116 @@ def kept(opened):
 
 @pytest.fixture
 def sqlite(tmp_path):
-    kept = SQLiteStore(str(tmp_path / "store.db"))
+    kept = SQLiteStore(f"sqlite:///{tmp_path}/store.db")
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def postgres(shared_postgres):
+    query(shared_postgres.url, MADE_TABLES)
+    kept = open_url(shared_postgres.url)
     yield kept
     kept.close()
 
 
 def put(kept, *ids, to="jared"):
     for id in ids:
-        assert kept.add(id, to, {"text": f"text of {id}"})
+        assert kept.add(id, to, {"text": f"text of {id}"}) == NEW
 
 
-def answer(kept, reply="yes", **options):
+def answer(kept, reply="yes", remember=True):
     claim = kept.claim()
-    assert kept.keep(claim, reply, **options) and kept.finish(claim)
+    assert kept.save_reply(claim, reply, {}, remember) and kept.finish(claim)
     return claim
 
 
 def fail(kept, reason="no"):
     claim = kept.claim()
-    kept.set_aside(claim, reason)
+    assert kept.fail(claim, reason)
     return claim
-
-
-def waiting(kept, conversation):
-    return kept.look_up("", conversation, "")[1]
 
 
 def texts(kept, conversation="jared", limit=10):
     return [(data["text"], reply) for data, reply in kept.history(conversation, limit)]
 
 
-def test_open_store_picks_redis_if_there_is_a_url(tmp_path):
-    redis_or_skip()
-    assert isinstance(open_store(str(tmp_path / "a.db"), ""), SQLiteStore)
-    assert isinstance(open_store("nowhere/a.db", "redis://127.0.0.1:1"), RedisStore)
+def failed(kept):
+    return [id for _, id, _, _ in kept.failed()]
+
+
+def lost(kept, *claims):
+    return kept.heartbeat(claims)[0]
+
+
+def cancelled(kept, *claims):
+    return kept.heartbeat(claims)[1]
+
+
+def waiting(kept):
+    return kept.stats()["waiting"]
 
 
 def test_an_id_is_accepted_once_waiting_held_answered_and_forgotten(kept):
     put(kept, "1")
-    assert not kept.add("1", "jared", {})
+    assert kept.add("1", "jared", {}) == KNOWN
     claim = kept.claim()
-    assert not kept.add("1", "somebody else", {})
-    kept.keep(claim, "yes")
+    assert kept.add("1", "somebody else", {}) == KNOWN
+    kept.save_reply(claim, "yes", {})
     kept.finish(claim)
-    assert not kept.add("1", "jared", {})
+    assert kept.add("1", "jared", {}) == KNOWN
     kept.forget("jared")
-    assert not kept.add("1", "jared", {})
+    assert kept.add("1", "jared", {}) == KNOWN
     assert kept.claim() is None
 
 
+@and_pgbouncer
 def test_of_one_id_delivered_at_once_one_is_accepted(kept):
-    added = in_threads(8, lambda _: kept.add("1", "jared", {}))
-    assert sorted(added) == [False] * 7 + [True]
+    added = in_threads(8, lambda n: kept.add("1", f"chat {n % 2}", {}))
+    assert sorted(added) == [KNOWN] * 7 + [NEW]
+    assert waiting(kept) == 1
 
 
 def test_a_claim_has_all_that_was_given(kept):
     before = time.time() - 1
-    data = {"text": "你好 😀\0\ud800 \"'", "list": [1, None]}
-    kept.add("a\t1", "群 {x}:1", data)
+    data = {"text": "你好 😀\0\ud800 \"'%s %(id)s :id \\", "list": [1, None]}
+    kept.add("a\t1", "群 {x}:1%s", data)
     claim = kept.claim()
-    assert (claim.id, claim.conversation, claim.data) == ("a\t1", "群 {x}:1", data)
-    assert (claim.reply, claim.progress) == (None, {})
+    assert (claim.id, claim.conversation, claim.data) == ("a\t1", "群 {x}:1%s", data)
+    assert (claim.reply, claim.progress, claim.spent) == (None, {}, False)
     assert before < claim.accepted < time.time() + 1
-    assert kept.renew([claim]) == []
-    assert kept.keep(claim, "好\ud800") and kept.finish(claim)
-    assert kept.history("群 {x}:1", 1) == [(data, "好\ud800")]
+    assert kept.heartbeat([claim]) == ([], [])
+    assert kept.save_reply(claim, "好\ud800\0", {}) and kept.finish(claim)
+    assert kept.history("群 {x}:1%s", 1) == [(data, "好\ud800\0")]
 
 
 def test_half_a_surrogate_pair_in_a_name_hurts_nobody(kept):
     names = ["\ud800", "b", "\udfff\0", "d"]
-    assert all(in_threads(4, lambda n: kept.add(names[n], names[n], {})))
-    assert not kept.add("\ud800", "\ud800", {})
-    assert waiting(kept, "\ud800") == 1
-    for _ in names:
-        kept.set_aside(kept.claim(), "\ud800")
+    assert in_threads(4, lambda n: kept.add(names[n], names[n], {})) == [NEW] * 4
+    assert kept.add("\ud800", "\ud800", {}) == KNOWN
+    assert kept.add("more", "\ud800", {}, room=1) == Added.QUEUE_FULL
+    claims = [kept.claim() for _ in names]
+    assert kept.heartbeat(claims) == ([], [])
+    for claim in claims:
+        assert kept.fail(claim, "\ud800\0")
 
 
+def test_what_comes_with_a_reply_is_answered_and_not_remembered(kept):
+    assert kept.add("1", "jared", {"text": "/help"}, reply="the help") == NEW
+    claim = kept.claim()
+    assert (claim.reply, claim.data) == ("the help", {"text": "/help"})
+    assert kept.finish(claim)
+    assert texts(kept) == [] and kept.add("1", "jared", {}) == KNOWN
+
+
+@and_pgbouncer
 def test_what_was_accepted_outlives_the_process(kept, opened):
     put(kept, "1", "2")
     answer(kept)
     put(kept, "3")
     kept.close()
     later = opened()
-    assert not later.add("1", "jared", {})
+    assert later.add("1", "jared", {}) == KNOWN
     assert [answer(later).id, answer(later).id] == ["2", "3"]
     assert [text for text, _ in texts(later)] == [f"text of {n}" for n in (1, 2, 3)]
 
@@ -186,6 +269,7 @@ def test_the_oldest_conversation_comes_first(kept):
     assert [kept.claim().id for _ in range(3)] == ["a", "b", "c"]
 
 
+@and_pgbouncer
 def test_every_message_is_acquired_by_exactly_one_of_eight_threads(kept):
     for number in range(80):
         put(kept, str(number), to=str(number))
@@ -197,6 +281,7 @@ def test_every_message_is_acquired_by_exactly_one_of_eight_threads(kept):
     assert sorted(taken) == sorted(str(number) for number in range(80))
 
 
+@and_pgbouncer
 def test_threads_never_share_a_conversation(kept):
     for number in range(60):
         put(kept, str(number), to=str(number % 3))
@@ -218,96 +303,152 @@ def test_threads_never_share_a_conversation(kept):
     assert order == {str(n): list(range(n, 60, 3)) for n in range(3)}
 
 
+# Eight threads, each of which adds 125 messages, delivers some twice, and works on what
+# there is; of its claims it forgets some, and is too late with others.
 WORKER = """
-import json, sys, threading, time
-from store import open_store
+store.LEASE, store.MAX_ATTEMPTS = 0.4, 100
+kept, name, lock = Kind(sys.argv[1]), sys.argv[2], threading.Lock()
 
-kept, name = open_store(*sys.argv[1:3]), sys.argv[3]
+def add(number, chance):
+    for i in range(125):
+        chat = str(chance.randrange(40))
+        for _ in range(1 + (chance.random() < 0.1)):
+            kept.add(f"{name}-{number}-{i:03}", chat, {})
+        if i % 5 == 0:
+            yield
 
 def work(number):
-    for i in range(25):
-        kept.add(f"{name}-{number}-{i}", str(i % 7), {})
-    idle = 0
-    while idle < 100:
+    chance = random.Random(f"{name}{number}")
+    adding = add(number, chance)
+    while True:
+        more = next(adding, "all") is None
+        began = time.monotonic()
         claim = kept.claim()
-        idle = 0 if claim else idle + 1
         if claim is None:
+            if not more and kept.load()[:2] == (0, 0):
+                return
             time.sleep(0.002)
             continue
-        began = time.monotonic()
-        kept.keep(claim, "yes")
-        ended = time.monotonic()
-        if kept.finish(claim):
-            work = [claim.conversation, claim.seq, claim.id, began, ended]
-            sys.stdout.write(json.dumps(work) + "\\n")
+        claimed, ended, finished = time.monotonic(), None, False
+        fate = chance.random()
+        if fate > 0.02:
+            if fate < 0.03:
+                time.sleep(store.LEASE * 1.2)
+            kept.save_reply(claim, "yes", {})
+            ended = time.monotonic()
+            finished = kept.finish(claim)
+        holds = min(ended or began + store.LEASE, began + store.LEASE)
+        seen = [claim.conversation, claim.seq, claim.id, claimed, holds, ended]
+        with lock:
+            print(json.dumps([*seen, finished]))
 
-threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
+kept.close()
 """
 
 
-def test_two_processes_of_four_threads_lose_repeat_and_mix_up_nothing(kept, place):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", WORKER, *place, name],
-            cwd=HERE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("a", "b")
-    ]
+@and_pgbouncer
+def test_two_processes_of_eight_threads_lose_repeat_and_mix_up_nothing(kept, url):
+    """2,000 messages of 40 conversations; claims are forgotten, leases run out."""
+    processes = [start_script(WORKER, url, name) for name in ("a", "b")]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [error for _, error in outputs] == ["", ""]
-    works = [json.loads(line) for out, _ in outputs for line in out.splitlines()]
-    ids = [f"{p}-{t}-{i}" for p in "ab" for t in range(4) for i in range(25)]
-    assert sorted(work[2] for work in works) == sorted(ids)
-    for name in {work[0] for work in works}:
-        mine = sorted(work[1:] for work in works if work[0] == name)
+    claims = [json.loads(line) for out, _ in outputs for line in out.splitlines()]
+    ended = sorted(claim for claim in claims if claim[-1])
+    ids = [f"{p}-{t}-{i:03}" for p in "ab" for t in range(8) for i in range(125)]
+    assert sorted(claim[2] for claim in ended) == ids, "each ended once"
+    assert len(claims) > 2010, "some were claimed again"
+    for name in {claim[0] for claim in claims}:
+        held = sorted(claim[3:5] for claim in claims if claim[0] == name)
+        for before, after in zip(held, held[1:], strict=False):
+            assert before[1] < after[0], "two held one conversation"
+        mine = [claim for claim in ended if claim[0] == name]  # by seq
         for before, after in zip(mine, mine[1:], strict=False):
-            assert before[3] < after[2], "two were at work on one conversation"
+            assert before[5] < after[3], "ended in another order than accepted"
+    for adder in (f"{p}-{t}-" for p in "ab" for t in range(8)):
+        mine = [claim for claim in ended if claim[2].startswith(adder)]
+        for before, after in zip(mine, mine[1:], strict=False):
+            assert before[0] < after[0] or before[2] < after[2], "numbered in order"
+    assert kept.load() == (0, 0, 0)
 
 
-def test_a_claim_that_is_not_renewed_goes_to_another(kept, monkeypatch):
+MAKER = """
+print("ready", flush=True)
+input()
+Kind(sys.argv[1]).add(sys.argv[2], "", {})
+"""
+
+
+def eight_processes_open(url):
+    processes = [start_script(MAKER, url, str(number)) for number in range(8)]
+    for process in processes:
+        process.stdout.readline()
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 8
+
+
+def test_eight_processes_make_the_tables_at_once(url):
+    eight_processes_open(url)
+    assert query(url, "SELECT open FROM conversation") == [(8,)]
+
+
+def test_a_claim_without_a_heartbeat_goes_to_another(kept, monkeypatch):
     monkeypatch.setattr(store, "LEASE", 0.05)
     put(kept, "1", "2")
-    lost = kept.claim()
-    kept.keep(lost, "half", progress={"sent": 1})
+    first = kept.claim()
+    kept.save_reply(first, "half", {"sent": 1})
     again = poll(kept.claim)
     assert (again.id, again.reply, again.progress) == ("1", "half", {"sent": 1})
-    assert kept.renew([lost, again]) == [lost]
-    assert not kept.keep(lost, "other")
-    assert not kept.finish(lost)
-    kept.release(lost, 0)
-    kept.set_aside(lost, "no")
-    assert kept.stats()["set_aside"] == 0
-    assert kept.keep(again, "mine") and kept.finish(again)
+    assert lost(kept, first, again) == [first]
+    assert not kept.save_reply(first, "other", {})
+    assert not kept.finish(first)
+    kept.release(first, 0)
+    assert not kept.fail(first, "no")
+    assert kept.stats()["failed"] == 0
+    assert kept.save_reply(again, "mine", {}) and kept.finish(again)
     assert texts(kept) == [("text of 1", "mine")]
 
 
-def test_a_claim_that_is_renewed_stays(kept, monkeypatch):
+def test_a_claim_with_a_heartbeat_stays(kept, monkeypatch):
     monkeypatch.setattr(store, "LEASE", 0.3)
     put(kept, "1")
     claim = kept.claim()
     deadline = time.monotonic() + 0.6
     while time.monotonic() < deadline:
-        assert kept.renew([claim]) == []
+        assert lost(kept, claim) == []
         assert kept.claim() is None
         time.sleep(0.02)
     assert kept.finish(claim)
-    assert kept.renew([claim]) == [claim]
+    assert lost(kept, claim) == [claim]
 
 
-def test_a_message_whose_work_was_cut_short_three_times_is_set_aside(
-    kept, monkeypatch, caplog
+def test_a_message_whose_work_was_cut_short_three_times_is_to_be_given_up(
+    kept, monkeypatch
 ):
     monkeypatch.setattr(store, "LEASE", 0.02)
     put(kept, "bad", "good")
     for _ in range(3):
+        claim = poll(kept.claim)
+        assert (claim.id, claim.spent) == ("bad", False)
+    claim = poll(kept.claim)
+    assert (claim.id, claim.spent) == ("bad", True)
+    assert kept.fail(claim, "cut short")
+    claim = poll(kept.claim)
+    assert (claim.id, claim.spent) == ("good", False)
+    assert failed(kept) == ["bad"]
+
+
+def test_a_message_that_nobody_could_give_up_is_failed(kept, monkeypatch, caplog):
+    monkeypatch.setattr(store, "LEASE", 0.02)
+    put(kept, "bad", "good")
+    for _ in range(4):
         assert poll(kept.claim).id == "bad"
     assert poll(kept.claim).id == "good"
-    assert [id for id, _, _ in kept.failed()] == ["bad"]
+    assert failed(kept) == ["bad"]
     assert "bad" in caplog.text and "text of" not in caplog.text
 
 
@@ -316,9 +457,18 @@ def test_a_release_counts_only_if_the_work_failed(kept):
     for _ in range(10):
         kept.release(kept.claim(), 0)
     for _ in range(3):
+        claim = kept.claim()
+        assert not claim.spent
+        kept.release(claim, 0, failed=True)
+    assert kept.claim().spent
+
+
+def test_attempts_of_one_message_are_not_those_of_the_next(kept):
+    put(kept, "1", "2")
+    for _ in range(3):
         kept.release(kept.claim(), 0, failed=True)
-    assert kept.claim() is None
-    assert kept.stats()["set_aside"] == 1
+    assert fail(kept).spent
+    assert not kept.claim().spent
 
 
 def test_a_released_message_waits_and_keeps_its_turn(kept):
@@ -327,7 +477,8 @@ def test_a_released_message_waits_and_keeps_its_turn(kept):
     kept.release(kept.claim(), 0.3)
     released = time.monotonic()
     assert kept.claim().id == "other"
-    assert kept.claim() is None and kept.due(5) == 0
+    put(kept, "3")
+    assert kept.claim() is None and kept.load() == (3, 1, 0)
     assert poll(kept.claim).id == "1"
     assert time.monotonic() - released > 0.25
 
@@ -335,12 +486,12 @@ def test_a_released_message_waits_and_keeps_its_turn(kept):
 def test_progress_is_kept_without_and_beside_a_reply(kept):
     put(kept, "1")
     claim = kept.claim()
-    assert kept.keep(claim, None, progress={"key": "k"})
+    assert kept.save_reply(claim, None, {"key": "k"})
     kept.release(claim, 0)
     claim = kept.claim()
     assert (claim.reply, claim.progress) == (None, {"key": "k"})
-    assert kept.keep(claim, "yes", remember=False)
-    assert kept.keep(claim, None, progress={"sent": 2})
+    assert kept.save_reply(claim, "yes", {"key": "k"}, remember=False)
+    assert kept.save_reply(claim, None, {"sent": 2})
     kept.release(claim, 0)
     claim = kept.claim()
     assert (claim.reply, claim.progress) == ("yes", {"sent": 2})
@@ -349,41 +500,51 @@ def test_progress_is_kept_without_and_beside_a_reply(kept):
 
 
 def test_history_gives_the_last_turns_oldest_first(kept, monkeypatch):
-    monkeypatch.setattr(store, "REMEMBERED", 6)
+    monkeypatch.setattr(store, "HISTORY_LIMIT", 6)
     for number in range(8):
         put(kept, str(number))
         answer(kept, f"reply {number}")
     put(kept, "open", to="jared")
     assert texts(kept, limit=0) == []
     assert texts(kept, limit=2) == [("text of 6", "reply 6"), ("text of 7", "reply 7")]
-    assert len(texts(kept, limit=6)) == 6
-    assert not kept.add("0", "jared", {})
+    assert len(texts(kept, limit=7)) == 6
+    assert kept.add("0", "jared", {}) == KNOWN
 
 
 def test_what_is_not_to_be_remembered_or_has_no_reply_is_not_in_the_history(kept):
-    put(kept, "1", "2", "3")
+    put(kept, "1", "2", "3", "4")
     answer(kept, remember=False)
     kept.finish(kept.claim())
     answer(kept, "third")
+    answer(kept, "")
     assert texts(kept) == [("text of 3", "third")]
+
+
+def test_nothing_is_left_of_a_text_that_is_not_to_be_remembered(kept, url):
+    put(kept, "1", "2")
+    answer(kept, remember=False)
+    kept.finish(kept.claim())
+    left = query(url, "SELECT data, reply, progress FROM message")
+    assert left == [(None, None, None)] * 2
 
 
 def test_forget_deletes_answers_and_failures_of_one_conversation(kept):
     put(kept, "1", "2", "3")
     put(kept, "4", "5", to="other")
     answer(kept)
-    fail(kept)
-    for _ in range(2):
+    for _ in range(3):
         claim = kept.claim()
-        if claim.conversation == "other":
-            kept.keep(claim, "yes")
+        if claim.id == "2":
+            assert kept.fail(claim, "no")
+        elif claim.id == "4":
+            kept.save_reply(claim, "yes", {})
             kept.finish(claim)
     kept.forget("jared")
     assert texts(kept) == [] and kept.failed() == []
     assert texts(kept, "other") == [("text of 4", "yes")]
     assert kept.retry() == 0
-    assert waiting(kept, "jared") == 1
-    assert not any(kept.add(id, "jared", {}) for id in "123")
+    assert [kept.add(id, "jared", {}) for id in "123"] == [KNOWN] * 3
+    assert kept.add("6", "jared", {}, room=2) == NEW
 
 
 def test_what_ended_is_pruned_in_time_and_what_is_open_never(kept, monkeypatch):
@@ -393,7 +554,7 @@ def test_what_ended_is_pruned_in_time_and_what_is_open_never(kept, monkeypatch):
         answer(kept)
     fail(kept)
     assert kept.prune(60) == 0
-    assert not kept.add("1", "jared", {})
+    assert kept.add("1", "jared", {}) == KNOWN
     assert poll(lambda: kept.prune(0)) == 4
     assert kept.prune(0) == 0
     assert texts(kept) == [] and kept.failed() == []
@@ -401,126 +562,137 @@ def test_what_ended_is_pruned_in_time_and_what_is_open_never(kept, monkeypatch):
     put(kept, "1")
 
 
+def test_what_is_open_for_long_hides_nothing_from_prune(kept, monkeypatch):
+    monkeypatch.setattr(store, "BATCH", 2)
+    put(kept, *"abcde", to="long")
+    put(kept, *"12345")
+    held = kept.claim()
+    while (claim := kept.claim()) and kept.finish(claim):
+        pass
+    assert poll(lambda: kept.prune(0)) == 5
+    assert held.id == "a" and kept.load()[:2] == (4, 1)
+
+
 def test_stats_say_how_much_waits_is_held_and_failed(kept):
-    zero = {"waiting": 0, "in_work": 0, "set_aside": 0, "oldest": 0.0}
-    assert kept.stats() == zero
+    zero = {"waiting": 0, "in_work": 0, "failed": 0, "oldest": 0.0}
+    assert kept.stats() == zero and kept.load() == (0, 0, 0)
     put(kept, "1", "2", "3")
     put(kept, "4", to="other")
     fail(kept)
     claim = kept.claim()
     seen = kept.stats()
     assert 0 < seen.pop("oldest") < 5
-    assert seen == {"waiting": 2, "in_work": 1, "set_aside": 1}
-    assert (waiting(kept, "jared"), waiting(kept, "other")) == (2, 1)
-    assert waiting(kept, "nobody") == 0
+    assert seen == {"waiting": 2, "in_work": 1, "failed": 1}
+    assert kept.load() == (2, 1, 1)
     kept.release(claim, 0)
+    assert kept.load() == (3, 0, 2)
     assert kept.stats()["in_work"] == 0
-    assert (kept.due(10), kept.due(1)) == (2, 1)
 
 
 def test_what_users_asked_is_counted_once_and_for_a_minute(kept, monkeypatch):
     for id, asker in (("1", "jared"), ("1", "jared"), ("2", "jared"), ("3", "")):
         kept.add(id, "chat", {}, asker)
     kept.finish(kept.claim())
-    assert kept.look_up("2", "chat", "jared") == (True, 2, 2)
-    assert kept.look_up("4", "chat", "lin") == (False, 2, 0)
-    assert kept.look_up("1", "elsewhere", "") == (True, 0, 0)
+    assert kept.add("4", "chat", {}, "jared", rate=2) == Added.RATE_LIMITED
+    assert kept.add("4", "chat", {}, "jared", rate=3) == NEW
+    assert kept.add("5", "chat", {}, "lin", rate=1) == NEW
+    assert kept.add("6", "chat", {}, "", rate=1) == NEW
+    assert kept.add("1", "chat", {}, "jared", rate=1) == KNOWN, "rather than limited"
     monkeypatch.setattr(store, "MINUTE", 1)
-    poll(lambda: kept.look_up("2", "chat", "jared") == (True, 2, 0))
+    poll(lambda: kept.add("7", "chat", {}, "jared", rate=1) == NEW)
 
 
+def test_a_refused_message_leaves_no_trace(kept, url):
+    assert kept.add("1", "jared", {}, room=0) == Added.QUEUE_FULL
+    assert kept.add("1", "jared", {}, "jared", rate=0) == Added.RATE_LIMITED
+    assert query(url, "SELECT * FROM conversation") == []
+    assert query(url, "SELECT * FROM message") == []
+    put(kept, "1", "2")
+    assert kept.add("3", "jared", {}, room=2) == Added.QUEUE_FULL
+    kept.finish(kept.claim())
+    assert kept.add("3", "jared", {}, room=2) == NEW
+
+
+@and_pgbouncer
 def test_limits_hold_for_all_processes_at_once(kept, opened):
     stores = (kept, opened())
 
     def add(number):
-        where = f"chat {number % 8}" if number < 16 else "full"
-        asker = "jared" if number < 16 else ""
-        limits = {"room": 3, "rate": 5}
+        where, asker = ("chat", "jared") if number < 16 else ("full", "")
+        limits = {"room": 3} if number >= 16 else {"rate": 5}
         return stores[number % 2].add(str(number), where, {}, asker, **limits)
 
     added = in_threads(32, add)
-    assert added[:16].count(True) == 5 and added[16:].count(True) == 3
-    refused = added.index(False)
-    assert kept.look_up(str(refused), "full", "jared") == (False, 3, 5)
+    assert sorted(added[:16]) == [NEW] * 5 + [Added.RATE_LIMITED] * 11
+    assert sorted(added[16:]) == [NEW] * 3 + [Added.QUEUE_FULL] * 13
 
 
 def test_workers_go_to_the_store_one_at_a_time_while_a_callback_is_there(
     kept, monkeypatch
 ):
-    run, there, seen, free = kept._run, [], [], threading.Event()
+    write, there, seen, free = kept._write, [], [], threading.Event()
 
-    def watched(verb, values):
-        if verb == "add":
+    def watched(step, durable=False, lone=False):
+        if durable:
             free.wait(20)
         else:
-            there.append(verb)
+            there.append(step)
             seen.append(len(there))
             time.sleep(0.05)
             there.pop()
-        return run(verb, values)
+        return write(step, durable, lone)
 
-    monkeypatch.setattr(kept, "_run", watched)
+    monkeypatch.setattr(kept, "_write", watched)
     callback = threading.Thread(target=kept.add, args=("1", "jared", {}))
     callback.start()
-    poll(lambda: kept._urgent)
-    in_threads(4, lambda _: kept.due(1))
+    poll(lambda: kept._callbacks)
+    in_threads(4, lambda _: kept.claim())
     assert max(seen) == 1
     free.set()
     callback.join()
-    in_threads(4, lambda _: kept.due(1))
+    in_threads(4, lambda _: kept.claim())
     assert max(seen) > 1
 
 
-def test_redis_keeps_no_list_of_what_was_asked_long_ago(shared_redis, monkeypatch):
-    monkeypatch.setattr(store, "MINUTE", 1)
-    shared_redis.cli("flushall")
-    kept = RedisStore(shared_redis.url)
-    kept.add("1", "chat", {}, "jared")
-    assert shared_redis.cli("keys", "*asked*")
-    poll(lambda: not shared_redis.cli("keys", "*asked*"))
-    kept.close()
-
-
-def test_a_stop_reaches_the_held_message_only_and_every_process(kept, opened):
-    assert not kept.request_stop("jared")
+@and_pgbouncer
+def test_a_cancel_reaches_the_held_message_only_and_every_process(kept, opened):
+    assert not kept.cancel("jared")
     put(kept, "1", "2")
     put(kept, "3", to="other")
-    assert not kept.request_stop("jared")
+    assert not kept.cancel("jared")
     claims = [kept.claim(), kept.claim()]
-    assert opened().request_stop("jared")
-    assert kept.stops(claims) == claims[:1]
+    assert opened().cancel("jared")
+    assert kept.heartbeat(claims) == ([], claims[:1])
     kept.finish(claims[0])
     later = kept.claim()
-    assert later.id == "2" and kept.stops([*claims, later]) == []
+    assert later.id == "2" and cancelled(kept, *claims, later) == []
 
 
-def test_a_stop_outlives_the_process_that_was_to_stop(kept, monkeypatch):
+def test_a_cancel_outlives_the_process_that_was_to_stop(kept, monkeypatch):
     put(kept, "1")
     with monkeypatch.context() as patch:
         patch.setattr(store, "LEASE", 0.02)
-        lost = kept.claim()
-    kept.request_stop("jared")
+        first = kept.claim()
+    kept.cancel("jared")
     again = poll(kept.claim)
-    assert kept.stops([lost, again]) == [again]
+    assert kept.heartbeat([first, again]) == ([first], [again])
 
 
 def test_failed_messages_are_listed_and_come_back_in_their_turn(kept):
     put(kept, *"12345")
-    fail(kept, "first")
+    first = fail(kept, "first")
     claim = kept.claim()
-    kept.keep(claim, "reply", progress={"sent": 1})
-    kept.set_aside(claim, "second")
+    kept.save_reply(claim, "reply", {"sent": 1})
+    kept.fail(claim, "second")
     [one, two] = kept.failed()
-    assert (one[:2], two[:2]) == (("1", "first"), ("2", "second"))
-    assert 0 <= two[2] <= one[2] < 5
-    assert kept.failed(1) == [kept.failed()[0][:2] + (pytest.approx(one[2], abs=1),)]
+    assert one[:3] == (first.seq, "1", "first") and two[1:3] == ("2", "second")
+    assert 0 <= two[3] <= one[3] < 5
     held = kept.claim()
-    assert kept.retry(["2", "3", "unknown"]) == 1
+    assert kept.retry([claim.seq, held.seq, 10**9]) == 1
     assert kept.claim() is None, "one claim for a conversation"
     assert kept.finish(held)
     assert kept.retry() == 1
-    assert kept.failed() == []
-    assert kept.due(5) == 1, "one next for a conversation"
+    assert kept.failed() == [] and kept.load() == (4, 0, 1)
     ids = [answer(kept, "yes").id for _ in range(4)]
     assert ids == list("1245")
 
@@ -530,80 +702,147 @@ def test_a_retried_message_has_its_reply_and_all_its_attempts(kept):
     for _ in range(2):
         kept.release(kept.claim(), 0, failed=True)
     claim = kept.claim()
-    kept.keep(claim, "reply", progress={"sent": 1})
-    kept.request_stop("jared")
-    kept.set_aside(claim, "no")
+    kept.save_reply(claim, "reply", {"sent": 1})
+    kept.cancel("jared")
+    kept.fail(claim, "no")
     kept.retry()
     for _ in range(3):
         claim = kept.claim()
+        assert not claim.spent
         assert (claim.reply, claim.progress) == ("reply", {"sent": 1})
-        assert kept.stops([claim]) == []
+        assert cancelled(kept, claim) == []
         kept.release(claim, 0, failed=True)
+    assert kept.claim().spent
+
+
+@and_pgbouncer
+def test_retries_and_ends_at_once_count_right(kept, opened):
+    """What is left of `open` is compared with the messages when the test ends."""
+    stores = (kept, opened())
+    for number in range(60):
+        put(kept, str(number), to=str(number % 6))
+
+    def work(number):
+        mine = stores[number % 2]
+        for turn in range(20):
+            if claim := mine.claim():
+                mine.heartbeat([claim])
+                mine.fail(claim, "no") if turn % 2 else mine.finish(claim)
+            if turn % 5 == number % 5:
+                with suppress(StoreError):  # two retries may be in each other's way
+                    mine.retry()
+            if turn % 7 == 0:
+                mine.forget(str(number % 6))
+            mine.add(f"more {number} {turn}", str(turn % 6), {}, room=8)
+
+    in_threads(8, work)
+    kept.retry()
+    while claim := kept.claim():
+        assert kept.finish(claim)
+    assert kept.stats()["oldest"] == 0 == kept.stats()["failed"]
+
+
+def test_a_record_that_cannot_be_read_is_failed(kept, url):
+    put(kept, "1", "2", "3")
+    query(url, "UPDATE message SET data = 'not json', progress = '{' WHERE id = '1'")
+    query(url, "UPDATE message SET reply = 'not json' WHERE id = '2'")
+    assert (answer(kept).id, failed(kept)) == ("2", ["1"])
+    query(url, "UPDATE message SET reply = 'not json' WHERE id = '2'")
+    assert texts(kept) == []
+
+
+def test_after_the_clock_was_set_back_nothing_waits_for_it(kept, url):
+    put(kept, "held", "behind it", to="jared")
+    held = kept.claim()
+    put(kept, "1", to="lin")
+    query(url, "UPDATE conversation SET due = due + 3000")
     assert kept.claim() is None
+    kept.heartbeat([])  # of another process
+    assert answer(kept).id == "1"
+    assert kept.claim() is None, "who holds a claim has the time to prolong it"
+    assert lost(kept, held) == [] and kept.finish(held)
+    assert answer(kept).id == "behind it"
 
 
-def test_a_record_that_cannot_be_read_is_an_error_then_set_aside(
-    kept, place, request, monkeypatch
-):
-    monkeypatch.setattr(store, "LEASE", 0.02)
-    put(kept, "1", "2")
-    if place[1]:
-        server = request.getfixturevalue("shared_redis")
-        server.cli("hset", "{bot}:message:1", "data", "not json")
-    else:
-        with sqlite3.connect(place[0]) as file:
-            file.execute("UPDATE message SET data = 'not json' WHERE id = '1'")
-        file.close()
-
-    def taken():
-        try:
-            return kept.claim()
-        except StoreError:
-            return None
-
-    assert poll(taken).id == "2"
-    assert [id for id, _, _ in kept.failed()] == ["1"]
-
-
-def test_a_closed_store_says_so(sqlite):
-    sqlite.close()
-    for verb in (sqlite.claim, sqlite.stats, lambda: sqlite.add("1", "jared", {})):
+def test_a_closed_store_says_so(kept):
+    kept.close()
+    began = time.monotonic()
+    for verb in (kept.claim, kept.stats, lambda: kept.add("1", "jared", {})):
         with pytest.raises(StoreError):
             verb()
+    assert time.monotonic() - began < 0.2
 
 
 ADDER = """
-import sys
-from store import open_store
-kept = open_store(*sys.argv[1:3])
+kept = Kind(sys.argv[1])
 for number in range(100_000):
     kept.add(str(number), "jared", {})
     print(number, flush=True)
 """
 
 
-def test_what_was_acknowledged_outlives_a_kill(place, opened):
-    process = subprocess.Popen(
-        [sys.executable, "-c", ADDER, *place], cwd=HERE, stdout=subprocess.PIPE
-    )
+def killed_adder(url):
+    """Return what a process acknowledged before it was killed."""
+    process = start_script(ADDER, url)
     lines = [process.stdout.readline() for _ in range(100)]
     process.kill()
     lines += process.communicate()[0].splitlines(keepends=True)
-    numbers = [line.strip().decode() for line in lines if line.endswith(b"\n")]
+    ids = [line.strip() for line in lines if line.endswith("\n")]
+    assert len(ids) >= 100
+    return ids
+
+
+@and_pgbouncer
+def test_what_was_acknowledged_outlives_a_kill(url, opened):
+    ids = killed_adder(url)
     kept = opened()
-    assert not any(kept.add(number, "jared", {}) for number in numbers)
-    assert waiting(kept, "jared") >= len(numbers) >= 100
+    assert waiting(kept) >= len(ids)
+    assert {kept.add(id, "jared", {}) for id in ids} == {KNOWN}
+
+
+def test_what_was_acknowledged_outlives_a_crash_of_postgresql(postgres_server):
+    ids = killed_adder(postgres_server.url)
+    postgres_server.interrupt(0)
+    kept = open_url(postgres_server.url)
+    assert [answer(kept).id for _ in ids] == ids
+    postgres_server.interrupt(0)  # what may be lost now can be done again
+    assert all(texts(kept, limit=5))
+    assert {kept.add(id, "jared", {}) for id in ids} == {KNOWN}
+    kept.close()
+
+
+@pytest.mark.parametrize("more", [0, 1, 5000])
+def test_what_was_acknowledged_outlives_a_power_cut_of_sqlite(sqlite, tmp_path, more):
+    """Nothing of the WAL is sure to be on the disk but what the last add synced."""
+    put(sqlite, "0", "1")
+    answer(sqlite)
+    put(sqlite, "2", "3")
+    wal = tmp_path / "store.db-wal"
+    synced = wal.stat().st_size
+    answer(sqlite), answer(sqlite), fail(sqlite)
+    assert wal.stat().st_size > synced + more
+    after = tmp_path / "after"
+    after.mkdir()
+    shutil.copy(tmp_path / "store.db", after)
+    shutil.copy(wal, after)
+    os.truncate(after / wal.name, synced + more)
+    kept = SQLiteStore(f"sqlite:///{after}/store.db")
+    assert [kept.add(id, "jared", {}) for id in "0123"] == [KNOWN] * 4
+    assert [answer(kept).id for _ in "123"] == ["1", "2", "3"]
+    kept.close()
 
 
 def test_sqlite_syncs_what_it_adds_and_shares_the_commit(sqlite):
-    seen, verbs = [], []
+    seen = []
     sqlite._writer.set_trace_callback(seen.append)
     sqlite.add("0", "jared", {})
     sqlite.release(sqlite.claim(), 0)
     sqlite.add("-1", "jared", {})
-    for line in seen:
-        verbs.append(line.split()[-1] if "synchronous" in line else line.split()[0])
-    assert verbs == ["INSERT", "NORMAL", "UPDATE", "UPDATE", "FULL", "INSERT"]
+    verbs = [
+        line.split()[-1] if "synchronous" in line else line.split()[0] for line in seen
+    ]
+    add = ["BEGIN", "INSERT", "INSERT", "COMMIT"]
+    assert verbs == add + ["NORMAL", "UPDATE", "SELECT", "UPDATE", "FULL"] + add
     seen.clear()
     with sqlite._write_lock:  # as if a commit went on
         threads = [
@@ -612,17 +851,10 @@ def test_sqlite_syncs_what_it_adds_and_shares_the_commit(sqlite):
         ]
         for thread in threads:
             thread.start()
-        poll(lambda: len(sqlite._steps) == 8)
+        poll(lambda: len(sqlite._pending) == 8)
     for thread in threads:
         thread.join()
-    assert seen.count("COMMIT") == 1 and waiting(sqlite, "jared") == 10
-
-
-def test_sqlite_opens_in_eight_processes_at_once(tmp_path):
-    script = "import sys; from store import SQLiteStore as S; S(sys.argv[1]).stats()"
-    command = [sys.executable, "-c", script, str(tmp_path / "new.db")]
-    processes = [subprocess.Popen(command, cwd=HERE) for _ in range(8)]
-    assert [process.wait() for process in processes] == [0] * 8
+    assert seen.count("COMMIT") == 1 and waiting(sqlite) == 10
 
 
 def test_sqlite_gets_its_turn_beside_a_program_that_writes_all_the_time(
@@ -659,7 +891,7 @@ def test_sqlite_waits_for_whoever_makes_a_new_file(tmp_path):
     other.executescript("CREATE TABLE t (x); BEGIN IMMEDIATE")
     timer = threading.Timer(0.2, lambda: other.execute("ROLLBACK"))
     timer.start()
-    SQLiteStore(str(tmp_path / "new.db")).close()
+    SQLiteStore(f"sqlite:///{tmp_path}/new.db").close()
     timer.join()
     other.close()
 
@@ -676,27 +908,25 @@ def test_sqlite_locked_by_another_program_fails_soon_and_works_after(sqlite, tmp
         return time.monotonic() - began
 
     assert max(in_threads(8, add)) < 2
-    assert sqlite.claim() is None and sqlite.stats()["waiting"] == 0
+    assert sqlite.stats()["waiting"] == 0
     other.execute("ROLLBACK")
     other.close()
     put(sqlite, "1")
 
 
-def test_sqlite_locked_even_for_readers_fails_soon_and_works_after(tmp_path):
-    kept = SQLiteStore(str(tmp_path / "store.db"))
-    put(kept, "1")
-    kept._read_lock.acquire()  # as if another thread waited for the file
+def test_sqlite_locked_even_for_readers_fails_soon_and_works_after(sqlite):
+    put(sqlite, "1")
+    sqlite._read_lock.acquire()  # as if another thread waited for the file
 
     def read(_):
         began = time.monotonic()
         with pytest.raises(StoreError):
-            kept.stats()
+            sqlite.stats()
         return time.monotonic() - began
 
     assert max(in_threads(8, read)) < 2
-    kept._read_lock.release()
-    assert kept.stats()["waiting"] == 1
-    kept.close()
+    sqlite._read_lock.release()
+    assert waiting(sqlite) == 1
 
 
 def test_sqlite_on_a_full_disk_refuses_and_works_after(sqlite):
@@ -708,8 +938,8 @@ def test_sqlite_on_a_full_disk_refuses_and_works_after(sqlite):
             sqlite.add(id, "jared", {"text": "x" * 100_000})
     assert sqlite.claim().id == "1"
     sqlite._writer.execute("PRAGMA max_page_count = 100000").fetchall()
-    assert sqlite.add("2", "jared", {"text": "x" * 100_000})
-    assert waiting(sqlite, "jared") == 2
+    assert sqlite.add("2", "jared", {"text": "x" * 100_000}) == NEW
+    assert waiting(sqlite) == 1
 
 
 def test_sqlite_that_is_read_only_refuses_and_works_after(sqlite):
@@ -717,33 +947,156 @@ def test_sqlite_that_is_read_only_refuses_and_works_after(sqlite):
     sqlite._writer.execute("PRAGMA query_only = ON")
     with pytest.raises(StoreError, match="readonly"):
         sqlite.add("2", "jared", {})
-    assert sqlite.stats()["waiting"] == 1
+    assert waiting(sqlite) == 1
     sqlite._writer.execute("PRAGMA query_only = OFF")
     put(sqlite, "2")
 
 
-def test_sqlite_goes_on_after_a_step_that_failed(sqlite, monkeypatch):
+def test_a_store_goes_on_after_a_step_that_failed(kept, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setitem(store._SQL, "forget", ("INSERT INTO message (seq) VALUES (1)",))
+        patch.setitem(kept._sql, "forget", "INSERT INTO message (seq) VALUES (1)")
         with pytest.raises(StoreError):
-            sqlite.forget("jared")
-    put(sqlite, "1")
+            kept.forget("jared")
+    put(kept, "1")
 
 
-def test_sqlite_opens_a_file_from_before_limits_were_kept_there(tmp_path):
-    path = str(tmp_path / "store.db")
+def test_an_error_within_a_shared_commit_acknowledges_nothing(sqlite, monkeypatch):
+    with sqlite._write_lock:  # as if a commit went on
+        monkeypatch.setitem(sqlite._sql, "cancel", "no SQL")
+        answers = []
+
+        def run(verb, *values):
+            try:
+                answers.append(verb(*values))
+            except StoreError as error:
+                answers.append(error)
+
+        steps = [(sqlite.add, "1", "a", {}), (sqlite.cancel, "a")]
+        threads = [threading.Thread(target=run, args=step) for step in steps]
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            poll(lambda number=number: len(sqlite._pending) == number)
+    for thread in threads:
+        thread.join()
+    assert all(isinstance(each, StoreError) for each in answers), answers
+    put(sqlite, "1", to="a")
+
+
+def version_1(path, sql=None):
+    """Make a file as version 1.0 did."""
     with closing(sqlite3.connect(path)) as old:
-        old.executescript(store._SCHEMA)
-        old.execute("DROP INDEX message_asked")
-        old.execute("ALTER TABLE message DROP COLUMN asker")
-    kept = SQLiteStore(path)
-    assert kept.add("1", "jared", {}, "jared") and answer(kept).id == "1"
+        old.execute("PRAGMA journal_mode = WAL").fetchall()
+        old.executescript(sql or (HERE / "tests/version_1.sql").read_text())
+    return SQLiteStore(f"sqlite:///{path}")
+
+
+def test_a_file_of_version_1_goes_on_with_what_waits(tmp_path):
+    kept = version_1(tmp_path / "store.db")
+    jared, lin = "c2c\t@RBT#001\tjared", "c2c\t@RBT#001\tlin"
+    assert kept.load() == (5, 0, 2)
+    assert [each[:3] for each in kept.failed()] == [
+        (3, "failed", "IM 20003: no such user")
+    ]
+    assert texts(kept, jared) == [("text of done", "an answer")]
+    ids = ("done", "gone", "failed", "half sent", "waiting 1", "waiting 2", "held")
+    assert {kept.add(id, "anywhere", {}) for id in ids} == {KNOWN}
+    claims = [kept.claim(), kept.claim()]
+    assert sorted(claim.id for claim in claims) == ["half sent", "held"]
+    half = next(claim for claim in claims if claim.id == "half sent")
+    assert (half.conversation, half.reply, half.seq) == (jared, "a long answer", 4)
+    assert half.progress == {"sent": 2} and half.data["user"] == "jared"
+    for claim in claims:
+        assert kept.finish(claim)
+    rest = [answer(kept) for _ in range(3)]
+    assert [each.id for each in rest if each.conversation == lin] == ["behind it"]
+    mine = [each for each in rest if each.conversation == jared]
+    assert [each.id for each in mine] == ["waiting 1", "waiting 2"]
+    assert [each.data["kind"] for each in mine] == ["question", "unsupported"]
+    assert kept.retry() == 1 and answer(kept).reply == "unsent"
+    assert kept.claim() is None, "who was refused is not told again"
+    put(kept, "new", to=jared)
+    assert kept.claim().seq > 10, "numbers are never given twice"
     kept.close()
+    SQLiteStore(f"sqlite:///{tmp_path}/store.db").close()
+
+
+def test_eight_processes_open_a_file_of_version_1_at_once(tmp_path):
+    sql = (HERE / "tests/version_1.sql").read_text()
+    with closing(sqlite3.connect(tmp_path / "store.db")) as old:
+        old.executescript(sql)
+    eight_processes_open(f"sqlite:///{tmp_path}/store.db")
+
+
+def test_a_file_from_before_limits_were_kept_there_is_opened(tmp_path):
+    sql = (HERE / "tests/version_1.sql").read_text()
+    sql = re.sub(r"CREATE INDEX message_asked[^;]*;|    asker TEXT,\n", "", sql)
+    kept = version_1(tmp_path / "store.db", re.sub(r"INSERT INTO \"message.*", "", sql))
+    assert kept.add("1", "jared", {}, "jared") == NEW and answer(kept).id == "1"
+    kept.close()
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite://store.db", "sqlite:///", "sqlite:///a.db?mode=ro"]
+)
+def test_an_unusable_sqlite_url_is_an_error_that_says_how(url):
+    with pytest.raises(StoreError, match="not like sqlite:///file.db"):
+        SQLiteStore(url)
+
+
+def test_a_relative_sqlite_url_is_a_file_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SQLiteStore("sqlite:///here.db").close()
+    assert (tmp_path / "here.db").exists()
 
 
 def test_sqlite_that_cannot_be_opened_says_which_file(tmp_path):
     with pytest.raises(StoreError, match="missing/store.db cannot be opened"):
-        SQLiteStore(str(tmp_path / "missing/store.db"))
+        SQLiteStore(f"sqlite:///{tmp_path}/missing/store.db")
+
+
+def test_sqlite_files_are_readable_by_their_owner_only(tmp_path):
+    before = os.umask(0)
+    try:
+        kept = SQLiteStore(f"sqlite:///{tmp_path}/store.db")
+        put(kept, "1")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert modes == {f"store.db{end}": 0o600 for end in ("", "-wal", "-shm")}
+    kept.close()
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_sqlite_file_that_is_deleted_or_replaced_is_noticed(sqlite, tmp_path, how):
+    put(sqlite, "1")
+    if how == "replaced":
+        SQLiteStore(f"sqlite:///{tmp_path}/other.db").close()
+        (tmp_path / "other.db").replace(tmp_path / "store.db")
+    else:
+        (tmp_path / "store.db").unlink()
+    with pytest.raises(StoreError, match="store.db was deleted or replaced: restart"):
+        sqlite.add("2", "jared", {})
+
+
+LOOK = "kept = Kind(sys.argv[1]); print(kept.stats()['waiting']); kept.close()"
+
+
+def test_a_second_store_on_a_file_does_not_take_the_locks_of_the_first(
+    sqlite, tmp_path
+):
+    """If it did, the next process that closes the file would delete its WAL."""
+    url = f"sqlite:///{tmp_path}/store.db"
+    put(sqlite, "1")
+    with closing(SQLiteStore(url)):
+        assert start_script(LOOK, url).communicate(timeout=20) == ("1\n", "")
+        put(sqlite, "2")
+        assert start_script(LOOK, url).communicate(timeout=20) == ("2\n", "")
+
+
+def left_of_a_secret(folder):
+    files = list(folder.glob("store.db*"))
+    assert len(files) == 3
+    return [file.name for file in files if b"SECRET" in file.read_bytes()]
 
 
 def test_sqlite_leaves_no_byte_of_what_was_forgotten(sqlite, tmp_path):
@@ -752,139 +1105,285 @@ def test_sqlite_leaves_no_byte_of_what_was_forgotten(sqlite, tmp_path):
         put(sqlite, f"open {number}", to=f"other {number}")
         sqlite.add(f"short {number}", "jared", {"text": "SECRET question"})
         sqlite.add(f"long {number}", "jared", {"text": long})
+    held = []
     while claim := sqlite.claim():
-        if claim.conversation == "jared":
-            remember = claim.seq % 3 > 0
-            sqlite.keep(claim, "SECRET reply " + long, remember, {"at": "SECRET"})
-            if claim.seq % 5:
-                sqlite.finish(claim)
-            else:
-                sqlite.set_aside(claim, "SECRET reason")
+        if claim.conversation != "jared":
+            held.append(claim)
+            continue
+        remember = claim.seq % 3 > 0
+        sqlite.save_reply(claim, "SECRET " + long, {"at": "SECRET"}, remember)
+        if claim.seq % 5:
+            sqlite.finish(claim)
+        else:
+            sqlite.fail(claim, "SECRET reason")
+    assert len(held) == 40
     sqlite.forget("jared")
     sqlite.prune(60)
-    files = list(tmp_path.glob("store.db*"))
-    assert len(files) == 3
-    assert not any(b"SECRET" in file.read_bytes() for file in files)
+    assert left_of_a_secret(tmp_path) == []
     assert b"text of open" in (tmp_path / "store.db").read_bytes()
 
 
-def test_sqlite_answers_its_questions_from_indexes(sqlite):
-    values = {name: None for name in ("claims", "conversation", "limit", "now", "age")}
-    values |= {name: None for name in ("id", "token", "most", "new", "lease", "asker")}
-    values |= {name: None for name in ("reason", "reply", "progress", "remember")}
-    values |= {
-        name: None for name in ("delay", "back", "data", "minute", "room", "rate")
-    }
-    for verb, statements in store._SQL.items():
-        for sql in statements if verb != "retry" else ():
-            plan = sqlite._reader.execute(f"EXPLAIN QUERY PLAN {sql}", values)
-            steps = [step for *_, step in plan]
-            scans = [step for step in steps if step.startswith("SCAN message")]
-            assert all("message_due" in step for step in scans), (verb, steps)
-            if verb in ("claim", "due"):
-                assert any("message_due (due<?)" in step for step in steps), steps
-
-
-def test_redis_gone_is_an_error_at_once_and_over_when_it_is_back(redis_server):
-    kept = RedisStore(redis_server.url)
-    put(kept, "1", "2")
-    answer(kept)
-    redis_server.stop()
-    began = time.monotonic()
-    for verb in (kept.claim, kept.stats, lambda: kept.add("3", "jared", {})):
-        with pytest.raises(StoreError, match="Redis cannot be used"):
-            verb()
-    assert time.monotonic() - began < 1.5
-    redis_server.start()  # it has forgotten the script
-    assert not kept.add("1", "jared", {}) and answer(kept).id == "2"
+def test_nor_does_the_file_of_version_1_that_it_was(tmp_path):
+    sql = (HERE / "tests/version_1.sql").read_text()
+    kept = version_1(tmp_path / "store.db", sql.replace("text of", "SECRET"))
+    for conversation in ("c2c\t@RBT#001\tjared", "c2c\t@RBT#001\tlin"):
+        while claim := kept.claim():
+            kept.finish(claim)
+        kept.forget(conversation)
+    assert left_of_a_secret(tmp_path) == []
     kept.close()
 
 
-def test_redis_that_hangs_is_an_error_in_time(redis_server):
-    kept = RedisStore(redis_server.url)
-    in_threads(8, lambda n: put(kept, str(n)))
-    redis_server.send(signal.SIGSTOP)
+# What SQLite reads from one end to the other, and why it may.
+FAILED = "SCAN message USING INDEX message_failed"  # which holds nothing else
+ALL_OPEN = "SEARCH conversation USING COVERING INDEX conversation_due"
+MEANT_SCANS = {
+    "load": {"SCAN conversation"},  # counts all of it; it holds only what is open
+    "stats": {ALL_OPEN, FAILED},  # finds the oldest of what is open
+    "failed": {FAILED},
+    "reopen": {FAILED},
+}
+
+
+def test_sqlite_answers_its_questions_from_indexes(sqlite):
+    assert set(MEANT_SCANS) <= set(sqlite._sql)
+    for name, sql in sqlite._sql.items():
+        values = dict.fromkeys(re.findall(r":(\w+)", sql))
+        plan = sqlite._reader.execute(f"EXPLAIN QUERY PLAN {sql}", values)
+        steps = [
+            step for *_, step in plan if re.match(".* (message|conversation)", step)
+        ]
+        scans = {step for step in steps if not re.search(r"[(].*[)]", step)}
+        assert scans == MEANT_SCANS.get(name, set()), name
+
+
+def postgres_processes(server):
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(server.process.pid)],
+        capture_output=True,
+        text=True,
+    )
+    return [server.process.pid, *map(int, found.stdout.split())]
+
+
+def signal_postgres(server, number):
+    for pid in postgres_processes(server):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def timed_errors(kept, count):
+    """Return how long `count` callbacks at once took to be refused."""
 
     def add(number):
         began = time.monotonic()
         with pytest.raises(StoreError):
-            kept.add(f"again {number}", "jared", {})
+            kept.add(f"refused {number}", "jared", {})
         return time.monotonic() - began
 
-    assert max(in_threads(12, add)) < 1.5
-    redis_server.send(signal.SIGCONT)
-    put(kept, "new")
-    kept.close()
+    return in_threads(count, add)
 
 
-def test_redis_with_a_full_memory_refuses_only_new_messages(redis_server):
-    kept = RedisStore(redis_server.url)
-    put(kept, "1", "2")
-    redis_server.cli("config", "set", "maxmemory", "1")
-    with pytest.raises(StoreError, match="maxmemory"):
-        kept.add("3", "jared", {})
-    assert [answer(kept).id, answer(kept).id] == ["1", "2"]
-    redis_server.cli("config", "set", "maxmemory", "0")
-    put(kept, "3")
-    kept.close()
+def test_postgresql_gone_is_an_error_in_time_and_over_when_it_is_back(postgres_server):
+    with closing(open_url(postgres_server.url)) as kept:
+        in_threads(8, lambda n: put(kept, str(n)))
+        for mode in ("fast", "immediate"):
+            postgres_server.stop(mode)
+            assert max(timed_errors(kept, 12)) < 1.5
+            with pytest.raises(StoreError, match="PostgreSQL cannot be used"):
+                kept.stats()
+            postgres_server.start()
+            put(kept, mode)
+        assert kept.add("0", "jared", {}) == KNOWN
+        assert kept.load() == (10, 0, 1)
 
 
-def test_redis_keeps_nothing_for_ever(shared_redis, monkeypatch):
-    shared_redis.cli("flushall")
-    kept = RedisStore(shared_redis.url)
-    monkeypatch.setattr(store, "REMEMBERED", 3)
-    for number in range(10):
-        put(kept, str(number), to=str(number % 2))
-    for _ in range(9):
-        answer(kept, "SECRET", remember=True)
-    fail(kept)
-    messages = shared_redis.cli("keys", "*:message:*").split()
-    assert len(messages) == 3 + 3 + 1
-    assert all(
-        key.startswith("{bot}:") for key in shared_redis.cli("keys", "*").split()
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_restart_of_postgresql_is_no_error(postgres_server, mode):
+    with closing(open_url(postgres_server.url)) as kept:
+        in_threads(8, lambda n: put(kept, str(n)))
+        postgres_server.stop(mode)
+        postgres_server.start()
+        in_threads(8, lambda n: put(kept, f"after {n}"))
+        assert waiting(kept) == 16
+
+
+def test_postgresql_that_hangs_is_an_error_in_time(postgres_server):
+    with closing(open_url(postgres_server.url)) as kept:
+        in_threads(8, lambda n: put(kept, str(n)))
+        signal_postgres(postgres_server, signal.SIGSTOP)
+        assert max(timed_errors(kept, 12)) < 2
+        with closing(open_url(postgres_server.url)) as late:  # starts all the same
+            assert max(timed_errors(late, 12)) < 2
+            signal_postgres(postgres_server, signal.SIGCONT)
+            put(late, "new")
+        put(kept, "newer")
+
+
+def test_a_lock_in_postgresql_is_an_error_in_time_and_costs_no_more(
+    postgres, shared_postgres
+):
+    import psycopg
+
+    put(postgres, "1")
+    with psycopg.connect(shared_postgres.url) as other:
+        other.execute("LOCK TABLE message IN EXCLUSIVE MODE")
+        assert max(timed_errors(postgres, 8)) < 2
+        assert len(postgres.history("jared", 5)) == 0
+    put(postgres, "2")
+    assert waiting(postgres) == 2
+
+
+def test_a_start_waits_for_nobody_who_looks_after_the_tables(postgres, shared_postgres):
+    import psycopg
+
+    with psycopg.connect(shared_postgres.url) as other:
+        other.execute("LOCK TABLE message IN SHARE UPDATE EXCLUSIVE MODE")  # vacuum
+        with closing(open_url(shared_postgres.url)) as kept:
+            put(kept, "1")
+    assert waiting(postgres) == 1
+
+
+def test_postgresql_starts_later_than_the_bot(postgres_server):
+    postgres_server.stop()
+    with closing(open_url(postgres_server.url)) as kept:
+        with pytest.raises(StoreError):
+            kept.load()
+        postgres_server.start()
+        assert set(in_threads(8, lambda n: kept.add(str(n), "jared", {}))) == {NEW}
+
+
+def test_a_process_has_four_connections_at_the_most_and_leaves_none(
+    postgres, shared_postgres
+):
+    def count():
+        sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ours'"
+        return query(shared_postgres.url, sql)[0][0]
+
+    with closing(open_url(f"{shared_postgres.url}?application_name=ours")) as kept:
+        in_threads(40, lambda n: put(kept, str(n)))
+        assert waiting(kept) == 40 and 1 <= count() <= 4
+    poll(lambda: count() == 0)
+
+
+def test_postgresql_of_other_habits_will_do(shared_postgres):
+    """An old encoding, another isolation, as a platform may have set them."""
+    query(shared_postgres.url, "DROP DATABASE IF EXISTS odd")
+    query(
+        shared_postgres.url,
+        "CREATE DATABASE odd ENCODING 'SQL_ASCII' TEMPLATE template0",
     )
-    kept.forget("0")
-    assert len(shared_redis.cli("keys", "*:message:*").split()) < 5
-    poll(lambda: kept.prune(0))
-    assert shared_redis.cli("keys", "*") == "{bot}:seq"
-    kept.close()
+    for setting in (
+        "default_transaction_isolation = serializable",
+        "standard_conforming_strings = off",
+    ):
+        query(shared_postgres.url, f"ALTER DATABASE odd SET {setting}")
+    with closing(open_url(shared_postgres.url.replace("/postgres", "/odd"))) as kept:
+        in_threads(8, lambda n: [put(kept, f"你好\\' {n} {i}") for i in range(10)])
+        assert answer(kept, "好").id.startswith("你好\\' ")
+        assert texts(kept)[0][1] == "好"
+
+
+def test_pgbouncer_may_restart_and_its_server_too(postgres_server):
+    from benchmark.databases import PgBouncer
+    from conftest import started
+
+    with (
+        started(PgBouncer, postgres_server) as bouncer,
+        closing(open_url(bouncer.url)) as kept,
+    ):
+        in_threads(8, lambda n: put(kept, str(n)))
+        bouncer.stop()
+        bouncer.start()
+        in_threads(8, lambda n: put(kept, f"again {n}"))
+        postgres_server.interrupt(0)
+        in_threads(8, lambda n: put(kept, f"once more {n}"))
+        assert waiting(kept) == 24
 
 
 @pytest.mark.parametrize(
     "url",
-    ["redis://:pa/sswor@127.0.0.1:1", "http://:passwor@h", "redis://:passwor@h:port"]
-    + ["redis://:passwor@127.0.0.1:1", "redis://x:passwor@no.such.host.invalid"],
+    [
+        "postgresql://x:pa%zzsswor@h/d",
+        "postgresql://x:pa%2fsswor@127.0.0.1:1/d",
+        "postgresql://x:pa/sswor@h/d",
+        "postgresql://x:passwor@h:port/d",
+        "postgresql://x:passwor@no.such.host.invalid/d",
+        "postgres://[passwor/d",
+        "postgres://x:passwor@h/d?nothing=1",
+    ],
 )
-def test_an_unusable_redis_url_is_an_error_without_its_password(url):
-    redis_or_skip()
+def test_an_unusable_postgresql_url_is_an_error_without_its_password(url):
+    pytest.importorskip("psycopg")
     with pytest.raises(StoreError) as caught:
-        RedisStore(url).claim()
-    assert "pa" not in str(caught.value).replace("password", "").split()
-    assert "sswor" not in str(caught.value).replace("password", "")
+        with closing(open_url(url)) as kept:
+            kept.claim()
+    said = str(caught.value).replace("user:password", "")
+    assert "pa" not in said.split() and "sswor" not in said
 
 
-def test_redis_that_repeats_what_it_was_told_is_not_quoted(tmp_path):
-    redis_or_skip()
-    server = RedisServer(tmp_path, "--rename-command", "EVALSHA", "")
-    kept = RedisStore(server.url)
-    try:
-        with pytest.raises(StoreError, match="unknown command") as caught:
-            kept.add("1", "jared", {"text": "a text"})
-    finally:
-        kept.close()
-        server.stop()
-    assert "jared" not in str(caught.value)
-
-
-def test_a_wrong_redis_password_is_an_error_that_does_not_say_it(shared_redis):
-    kept = RedisStore(shared_redis.url.replace("hush-hush", "wrong-hush"))
-    with pytest.raises(StoreError, match="invalid username") as caught:
-        kept.claim()
+def test_a_wrong_postgresql_password_is_an_error_that_does_not_say_it(shared_postgres):
+    url = shared_postgres.url.replace(shared_postgres.password, "wrong-hush")
+    with pytest.raises(StoreError, match="authentication failed") as caught:
+        open_url(url)
     assert "wrong-hush" not in str(caught.value)
-    kept.close()
 
 
-def test_a_missing_redis_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(StoreError, match="requirements.txt"):
-        open_store("", "redis://127.0.0.1:1")
+def test_an_error_of_postgresql_quotes_no_message(postgres, shared_postgres):
+    query(
+        shared_postgres.url,
+        "ALTER TABLE message ADD CONSTRAINT small CHECK (length(data) < 20)",
+    )
+    with pytest.raises(StoreError, match="violates check constraint") as caught:
+        postgres.add("1", "jared", {"text": "a text of a user"})
+    assert "jared" not in str(caught.value) and "a text" not in str(caught.value)
+
+
+def test_a_missing_driver_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.delitem(sys.modules, "postgres", raising=False)
+    with pytest.raises(ConfigError, match="psycopg, which is not installed"):
+        open_url("postgresql://127.0.0.1/d")
+
+
+@pytest.mark.parametrize(
+    ("host", "private"),
+    [
+        ("db.example.com", False),
+        ("8.8.8.8", False),
+        ("[2001:4860:4860::8888]", False),
+        ("db.example.com,db", False),
+        ("127.0.0.1", True),
+        ("[::1]", True),
+        ("10.1.2.3", True),
+        ("localhost", True),
+        ("db", True),
+        ("db.internal", True),
+        ("", True),
+        ("%2Fvar%2Frun", True),
+    ],
+)
+def test_tls_is_required_unless_the_host_is_private(host, private):
+    _conninfo = pytest.importorskip("postgres")._conninfo
+    said, password = _conninfo(f"postgresql://bot:p%40ss@{host}/d")
+    assert ("sslmode=require" not in said) == private and password == "p@ss"
+    assert (
+        "sslmode=verify-full"
+        in _conninfo(f"postgres://{host}/d?sslmode=verify-full")[0]
+    )
+
+
+def test_postgresql_for_a_public_host_without_tls_is_an_error(shared_postgres):
+    with pytest.raises(StoreError, match="SSL"):
+        open_url(shared_postgres.url + "?sslmode=require")
+
+
+def test_durability_says_what_a_store_promises(
+    sqlite, postgres_server, shared_postgres
+):
+    assert "before a callback is acknowledged" in sqlite.durability()
+    with closing(open_url(postgres_server.url)) as kept:
+        assert "before a callback is acknowledged" in kept.durability()
+    with closing(open_url(shared_postgres.url)) as kept:
+        with pytest.raises(StoreError, match="fsync off"):
+            kept.durability()
