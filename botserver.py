@@ -33,10 +33,10 @@ from werkzeug.exceptions import HTTPException
 import commands
 import tim
 from commands import TEXTS
-from config import COMMAND_LINE, REPLIES, STORES, Config, ConfigError, Persona, load
-from providers import PROVIDERS, Provider, ProviderError, words
+from config import COMMAND_LINE, REPLIES, Config, ConfigError, Persona, load
+from providers import Provider, ProviderError, words
 from replies import PlainReply
-from session import CancelScope, open_session
+from session import CancelScope
 from store import MAX_ATTEMPTS, MINUTE, NO_LIMIT, Added, Store, StoreError
 from usersig import BadSignature, check_callback
 from workers import InFlight, LeaseLost, Workers
@@ -53,10 +53,6 @@ HISTORY_CHARACTERS = 24_000  # of old turns in one question
 Json = dict[str, Any]
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-class Overloaded(Exception):
-    """More messages wait than MAX_BACKLOG allows."""
 
 
 def check(config: Config, query: Mapping[str, str]) -> None:
@@ -117,13 +113,13 @@ class Bot:
         """Return the AI service of a robot."""
         persona = self.config.persona(robot)
         if persona not in self._providers:
-            self._providers[persona] = make_provider(self.config, persona)
+            self._providers[persona] = self.config.provider(persona)
         return self._providers[persona]
 
     def accept(self, message: tim.Message) -> None:
-        """Store a message and wake a thread for it. Raises StoreError, Overloaded."""
+        """Store a message and wake a thread for it. Raises StoreError."""
         if self.workers.backlog >= self.config.max_backlog:
-            raise Overloaded
+            raise StoreError("too many messages wait (MAX_BACKLOG)")
         chat = message.conversation(per_member=not self.shared_memory)
         if not self._allows(message):
             self._refuse(message, chat, "not_allowed")
@@ -186,15 +182,10 @@ class Bot:
             return self._not_sent(job, error)
         # It is sent: if the store is away now, it must not be sent again.
         self.workers.when_store_works(self.store.finish, work.claim)
-        logger.info(
-            "%s: %s, ai %.0f ms, im %.0f ms, %d parts, %s",
-            work.claim.id,
-            job.outcome,
-            (asked - began) * 1000,
-            (time.monotonic() - asked) * 1000,
-            job.reply.parts,
-            self.config.persona(job.message.robot).provider or self.config.ai_provider,
-        )
+        sent = time.monotonic()
+        took = (round((asked - began) * 1000), round((sent - asked) * 1000))
+        line = "%s: %s, ai %d ms, im %d ms, %d parts"
+        logger.info(line, work.claim.id, job.outcome, *took, job.reply.parts)
 
     def _begin(self, work: InFlight) -> Job:
         message, progress = read_message(work.claim.data), dict(work.claim.progress)
@@ -355,38 +346,6 @@ def redact(details: str, chat: list[Json]) -> str:
     return details
 
 
-def make_provider(config: Config, persona: Persona) -> Provider:
-    """Return the AI service of a persona, with the key that is set for it."""
-    name = persona.provider or config.ai_provider
-    service, url, extra = PROVIDERS[name], "", {}
-    key, model = config.ai_secret_keys.get(name, ""), persona.model
-    if name == config.ai_provider:
-        key, url, extra = config.ai_secret_key, config.ai_base_url, config.ai_extra_body
-        model = model or config.ai_model
-    session = open_session(url or service.url, config.worker_threads)
-    return Provider(service, key, url, model, extra, session)
-
-
-def make_client(config: Config) -> tim.Client:
-    """Return Tencent IM's REST API."""
-    return tim.Client(
-        config.im_api_url,
-        config.im_sdkappid,
-        config.im_key,
-        config.im_admin,
-        config.worker_threads,
-    )
-
-
-def open_store(config: Config) -> Store:
-    """Return the store of DATABASE_URL. Raises ConfigError."""
-    try:
-        store = load(STORES, config.database_url.partition(":")[0])
-        return store(config.database_url)  # type: ignore[no-any-return]
-    except StoreError as error:
-        raise ConfigError(f"DATABASE_URL: {error}.") from None
-
-
 def or_exit(make: Callable[[], T]) -> T:
     """Return what `make` makes; if the settings are wrong, say so and exit."""
     try:
@@ -409,21 +368,16 @@ def create_app(config: Config | None = None) -> Flask:
         return app  # a command of `flask` makes what it needs
     config = config or or_exit(Config.from_env)
     set_up_logging(config.log_level)
-    bot = Bot(config, or_exit(partial(open_store, config)), make_client(config))
+    bot = Bot(config, or_exit(config.open_store), config.im_client())
     app.extensions["bot"] = bot
     add_routes(app, bot)
     leave_on_sigterm(bot)
     atexit.register(bot.close)
     os.register_at_fork(after_in_child=refuse_preload)
     bot.workers.start()
-    logger.info(
-        "version %s, store %s, AI service %s, replies %s, %d threads",
-        __version__,
-        config.database_url.partition(":")[0],
-        config.ai_provider,
-        config.reply_mode,
-        config.worker_threads,
-    )
+    line = "version %s, store %s, AI service %s, replies %s"
+    scheme = config.database_url.partition(":")[0]
+    logger.info(line, __version__, scheme, config.ai_provider, config.reply_mode)
     return app
 
 
@@ -441,8 +395,6 @@ def add_routes(app: Flask, bot: Bot) -> None:
             return refuse(403, str(error))
         except tim.BadEvent as error:
             return refuse(400, str(error))
-        except Overloaded:
-            return refuse(503, "too many messages wait (MAX_BACKLOG)")
         except StoreError as error:
             return refuse(503, str(error))
         return OK, 200

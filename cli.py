@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 import requests
 
-from botserver import make_client, make_provider, open_store, or_exit
+from botserver import or_exit
 from config import DEFAULT_PERSONA, Config, ConfigError
 from providers import Provider, ProviderError
 from session import CancelScope
@@ -46,7 +46,7 @@ def cli_errors() -> Iterator[None]:
 def opened_store() -> Iterator[Store]:
     """Open the store for a command."""
     config = or_exit(Config.from_env)
-    with cli_errors(), closing(or_exit(lambda: open_store(config))) as store:
+    with cli_errors(), closing(or_exit(config.open_store)) as store:
         yield store
 
 
@@ -60,7 +60,7 @@ def ask(text: str) -> None:
         {"role": "user", "content": text},
     ]
     with cli_errors():
-        click.echo(answer_of(make_provider(config, DEFAULT_PERSONA), chat, config))
+        click.echo(answer_of(config.provider(DEFAULT_PERSONA), chat, config))
 
 
 def answer_of(provider: Provider, chat: list[dict[str, str]], config: Config) -> str:
@@ -75,7 +75,7 @@ def answer_of(provider: Provider, chat: list[dict[str, str]], config: Config) ->
 def create_robot(userid: str, nick: str) -> None:
     """Create the chatbot account USERID, such as @RBT#001."""
     with cli_errors():
-        make_client(or_exit(Config.from_env)).create_robot(userid, nick)
+        or_exit(Config.from_env).im_client().create_robot(userid, nick)
     click.echo(f"{userid} is there: write to it.")
 
 
@@ -84,7 +84,7 @@ def create_robot(userid: str, nick: str) -> None:
 def delete_robot(userid: str) -> None:
     """Delete the chatbot account USERID; its name cannot be used again."""
     with cli_errors():
-        make_client(or_exit(Config.from_env)).delete_robot(userid)
+        or_exit(Config.from_env).im_client().delete_robot(userid)
     click.echo(f"{userid} is deleted.")
 
 
@@ -92,7 +92,7 @@ def delete_robot(userid: str) -> None:
 def robots() -> None:
     """List the app's chatbot accounts."""
     with cli_errors():
-        click.echo("\n".join(make_client(or_exit(Config.from_env)).robots()))
+        click.echo("\n".join(or_exit(Config.from_env).im_client().robots()))
 
 
 @click.command()
@@ -149,7 +149,7 @@ def check_token(config: Config) -> str:
 
 def check_robots(config: Config) -> str:
     """Say whether Tencent takes the key, and which robots there are."""
-    there = make_client(config).robots()
+    there = config.im_client().robots()
     if missing := [robot for robot in config.robots if robot not in there]:
         raise ValueError(f"{missing[0]} of robots.toml is not there: create-robot it")
     if not there:
@@ -175,7 +175,7 @@ def check_ai(config: Config) -> str:
     """Say how fast each AI service answers."""
     seen = []
     for persona in {DEFAULT_PERSONA, *config.robots.values()}:
-        provider, began = make_provider(config, persona), time.monotonic()
+        provider, began = config.provider(persona), time.monotonic()
         answer_of(provider, [{"role": "user", "content": "Say OK."}], config)
         name = persona.provider or config.ai_provider
         model = provider.model or provider.service.model
@@ -190,7 +190,7 @@ def check_store(config: Config) -> str:
         if not os.access(Path(path).absolute().parent, os.W_OK):
             raise ValueError(f"{path} cannot be made there")
         return f"{path} is not there yet: the server will make it"
-    with closing(open_store(config)) as store:
+    with closing(config.open_store()) as store:
         state = store.stats()
         return (
             f"{store.durability()}; {state['waiting']} waiting, "
