@@ -111,7 +111,7 @@ def failed() -> None:
         found = store.failed()
     for number, _, reason, age in found[:LISTED]:
         click.echo(f"{number}  {age:.0f} s ago: {reason}")
-    if more := len(found) - LISTED > 0:
+    if (more := len(found) - LISTED) > 0:
         click.echo(f"and {more} more")
 
 
