@@ -189,11 +189,13 @@ class PostgresStore(Store):
 
 
 def _rows(cursor: psycopg.Cursor[tuple[Any, ...]]) -> Rows:
-    """Return the rows of the one statement of several that has some."""
+    """Return the rows of the one statement of several that has or changed some."""
     rows: Rows = []
     while True:
         if cursor.description:
             rows = cursor.fetchall()
+        elif cursor.rowcount > 0:
+            rows = [()] * cursor.rowcount
         if not cursor.nextset():
             return rows
 

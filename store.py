@@ -20,7 +20,6 @@ import os
 import sqlite3
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,7 +39,7 @@ TURN_TIMEOUT = 5.0  # seconds a worker lets callbacks go first, at the most
 
 Data = dict[str, Any]
 Rows = list[tuple[Any, ...]]
-Execute = Callable[[str, Data], Rows]  # does a statement of SQL
+Execute = Callable[[str, Data], Rows]  # returns rows: () for one that was changed
 Step = Callable[[Execute], Any]  # what a verb does within one transaction
 logger = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ class Store:
         A claim lasts LEASE seconds. A message whose claims ended MAX_ATTEMPTS times
         without a word is claimed once more, as `spent`, and then failed.
         """
-        token = uuid.uuid4().hex
+        token = os.urandom(16).hex()
 
         def step(execute: Execute) -> tuple[Rows, Rows]:
             taken = execute("take", {"token": token, "lease": LEASE})
@@ -428,7 +427,9 @@ class SQLiteStore(Store):
         deadline = time.monotonic() + BUSY_TIMEOUT
         while True:
             try:
-                return self._writer.execute(sql, values or {}).fetchall()
+                cursor = self._writer.execute(sql, values or {})
+                changed = cursor.rowcount  # -1 if it cannot change any
+                return cursor.fetchall() if cursor.description else [()] * changed
             except sqlite3.OperationalError as error:
                 busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
                 if not busy or time.monotonic() > deadline:
@@ -560,7 +561,7 @@ SQL = {
         SELECT :id, :conversation, nullif(:asker, ''), :data, :reply, :remember, {now}
         WHERE :open <= :room AND :rate > (SELECT count(*) FROM message
             WHERE asker = :asker AND accepted BETWEEN {now} - :minute AND {now})
-        ON CONFLICT (id) DO NOTHING RETURNING 1""",
+        ON CONFLICT (id) DO NOTHING""",
     # Count a message out that was not kept.
     "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",
     "known": "SELECT 1 FROM message WHERE id = :id",
@@ -586,13 +587,12 @@ SQL = {
             remember = CASE WHEN :reply IS NULL THEN remember ELSE :remember END,
             progress = coalesce(:progress, progress)
         WHERE seq = :seq
-            AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})
-        RETURNING 1""",
+            AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})""",
     # End a claim: of a conversation's only open message, or of one of several.
-    "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
+    "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1",
     "free": f"""UPDATE conversation
         SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0
-        WHERE {_HELD} RETURNING 1""",
+        WHERE {_HELD}""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,
             state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,
             data = CASE WHEN remember = 1 AND reply <> '' THEN data END,
@@ -604,7 +604,7 @@ SQL = {
             attempts = attempts - :uncounted
         WHERE {_HELD}""",
     "cancel": """UPDATE conversation SET cancelled = 1
-        WHERE name = :conversation AND token IS NOT NULL RETURNING 1""",
+        WHERE name = :conversation AND token IS NOT NULL""",
     "history": """SELECT data, reply FROM message
         WHERE conversation = :conversation AND state = 'done'
         ORDER BY seq DESC LIMIT :limit""",
@@ -616,7 +616,7 @@ SQL = {
         FROM (SELECT seq, ended FROM message WHERE seq > :after
             ORDER BY seq LIMIT :batch) AS page""",
     "prune": """DELETE FROM message WHERE ended < {now} - :age
-        AND seq > :after AND seq <= :last RETURNING 1""",
+        AND seq > :after AND seq <= :last""",
     "load": """SELECT coalesce(sum(open), 0), count(token),
             coalesce(sum(CASE WHEN due <= {now} THEN 1 ELSE 0 END), 0)
         FROM conversation""",
