@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
-from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
+from psycopg_pool import ConnectionPool, PoolClosed
 
 from store import SCHEMA, Data, Rows, Step, Store, StoreError
 
@@ -135,9 +135,8 @@ class PostgresStore(Store):
                 return self._transact(step, durable, lone)
             except psycopg.Error as error:
                 # What the server closed while it was idle tells it now, at once.
-                final = isinstance(error, PoolTimeout | PoolClosed)
-                final = final or error.sqlstate not in CLOSED
-                if final or time.monotonic() > began + STALE_TIMEOUT:
+                stale = error.sqlstate in CLOSED and not isinstance(error, PoolClosed)
+                if not stale or time.monotonic() > began + STALE_TIMEOUT:
                     raise StoreError(self._redacted(error)) from None
 
     def _transact(self, step: Step, durable: bool, lone: bool) -> Any:
