@@ -35,6 +35,7 @@ HISTORY_LIMIT = 50  # messages of one conversation that history returns at the m
 NO_LIMIT = 2**31 - 1
 BATCH = 500  # messages deleted in one transaction
 BUSY_TIMEOUT = 1.5  # seconds to wait for a locked file; Tencent waits 2 for an answer
+MIGRATION_TIMEOUT = 60.0  # seconds to wait for another process that converts a file
 TURN_TIMEOUT = 5.0  # seconds a worker lets callbacks go first, at the most
 
 Data = dict[str, Any]
@@ -642,6 +643,7 @@ def _migrate(file: sqlite3.Connection, schema: str) -> None:
     is_old = "SELECT 1 FROM pragma_table_info('message') WHERE name = 'due'"
     if not file.execute(is_old).fetchall():
         return
+    file.execute(f"PRAGMA busy_timeout = {MIGRATION_TIMEOUT * 1000:.0f}")
     file.execute("BEGIN IMMEDIATE")
     if file.execute(is_old).fetchall():  # no other process was faster
         for statement in _FROM_VERSION_1.format(schema=schema).split(";\n"):

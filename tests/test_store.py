@@ -1018,6 +1018,23 @@ def test_a_file_of_version_1_goes_on_with_what_waits(tmp_path):
     SQLiteStore(f"sqlite:///{tmp_path}/store.db").close()
 
 
+def test_who_comes_second_waits_until_a_file_of_version_1_is_converted(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "store.db"
+    with closing(sqlite3.connect(path, check_same_thread=False)) as first:
+        first.execute("PRAGMA journal_mode = WAL").fetchall()
+        first.executescript((HERE / "tests/version_1.sql").read_text())
+        first.execute("BEGIN IMMEDIATE")
+        monkeypatch.setattr(store, "BUSY_TIMEOUT", 0.01)
+        timer = threading.Timer(0.2, first.rollback)
+        timer.start()
+        kept = SQLiteStore(f"sqlite:///{path}")
+        timer.join()
+    assert kept.load() == (5, 0, 2)
+    kept.close()
+
+
 def test_a_file_of_version_1_gives_no_number_twice(tmp_path):
     kept = version_1(tmp_path / "store.db")
     put(kept, "new")
