@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -804,6 +804,7 @@ def test_what_was_acknowledged_outlives_a_crash_of_postgresql(postgres_server):
     ids = killed_adder(postgres_server.url)
     postgres_server.interrupt(0)
     kept = open_url(postgres_server.url)
+    assert "before a callback is acknowledged" in kept.durability()
     assert [answer(kept).id for _ in ids] == ids
     postgres_server.interrupt(0)  # what may be lost now can be done again
     assert all(texts(kept, limit=5))
@@ -1180,19 +1181,24 @@ def test_sqlite_answers_its_questions_from_indexes(sqlite):
         assert scans == MEANT_SCANS.get(name, set()), name
 
 
-def postgres_processes(server):
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(server.process.pid)],
-        capture_output=True,
-        text=True,
-    )
-    return [server.process.pid, *map(int, found.stdout.split())]
+@contextmanager
+def hanging(server):
+    """Have all processes of a PostgreSQL stand still."""
+    postmaster = str(server.process.pid)
+    command = ["ps", "-o", "pid=", "--pid", postmaster, "--ppid", postmaster]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    pids = [int(pid) for pid in found.stdout.split()]
 
+    def send(number):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
-def signal_postgres(server, number):
-    for pid in postgres_processes(server):
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
+    send(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        send(signal.SIGCONT)
 
 
 def timed_errors(kept, count):
@@ -1221,26 +1227,26 @@ def test_postgresql_gone_is_an_error_in_time_and_over_when_it_is_back(postgres_s
         assert kept.load() == (10, 0, 1)
 
 
-@pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_a_restart_of_postgresql_is_no_error(postgres_server, mode):
+def test_a_restart_of_postgresql_is_no_error(postgres_server):
     with closing(open_url(postgres_server.url)) as kept:
         in_threads(8, lambda n: put(kept, str(n)))
-        postgres_server.stop(mode)
-        postgres_server.start()
-        in_threads(8, lambda n: put(kept, f"after {n}"))
-        assert waiting(kept) == 16
+        for mode in ("fast", "immediate"):
+            postgres_server.stop(mode)
+            postgres_server.start()
+            in_threads(8, lambda n, mode=mode: put(kept, f"{mode} {n}"))
+        assert waiting(kept) == 24
 
 
 def test_postgresql_that_hangs_is_an_error_in_time(postgres_server):
     with closing(open_url(postgres_server.url)) as kept:
         in_threads(8, lambda n: put(kept, str(n)))
-        signal_postgres(postgres_server, signal.SIGSTOP)
-        assert max(timed_errors(kept, 12)) < 2
-        with closing(open_url(postgres_server.url)) as late:  # starts all the same
+        with hanging(postgres_server):
+            assert max(timed_errors(kept, 12)) < 2
+            late = open_url(postgres_server.url)  # starts all the same
             assert max(timed_errors(late, 12)) < 2
-            signal_postgres(postgres_server, signal.SIGCONT)
-            put(late, "new")
-        put(kept, "newer")
+        put(kept, "new")
+        put(late, "newer")
+        late.close()
 
 
 def test_a_lock_in_postgresql_is_an_error_in_time_and_costs_no_more(
@@ -1418,12 +1424,7 @@ def test_postgresql_for_a_public_host_without_tls_is_an_error(shared_postgres):
         open_url(shared_postgres.url + "?sslmode=require")
 
 
-def test_durability_says_what_a_store_promises(
-    sqlite, postgres_server, shared_postgres
-):
+def test_durability_says_what_a_store_promises(sqlite, postgres):
     assert "before a callback is acknowledged" in sqlite.durability()
-    with closing(open_url(postgres_server.url)) as kept:
-        assert "before a callback is acknowledged" in kept.durability()
-    with closing(open_url(shared_postgres.url)) as kept:
-        with pytest.raises(StoreError, match="fsync off"):
-            kept.durability()
+    with pytest.raises(StoreError, match="fsync off"):
+        postgres.durability()
