@@ -23,7 +23,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool, PoolClosed
 
-from store import SCHEMA, Data, Rows, Step, Store, StoreError
+from store import SCHEMA, Data, Rows, Step, Store, StoreError, run_step
 
 CONNECTIONS = 4  # of one process at the most: the smallest plans allow 20 in all
 POOL_TIMEOUT = 0.6  # seconds to wait for a connection; Tencent waits 2 for an answer
@@ -128,18 +128,23 @@ class PostgresStore(Store):
             connection.execute(f"BEGIN; {lock}; {schema}; COMMIT")
         self._ready = True
 
-    def _write(self, step: Step, durable: bool = False, lone: bool = False) -> Any:
+    def _write(
+        self, step: str | Step, values: Data, durable: bool = False, lone: bool = False
+    ) -> Any:
+        lone = lone or isinstance(step, str)
         began = time.monotonic()
         while True:
             try:
-                return self._transact(step, durable, lone)
+                return self._transact(step, values, durable, lone)
             except psycopg.Error as error:
                 # What the server closed while it was idle tells it now, at once.
                 stale = error.sqlstate in CLOSED and not isinstance(error, PoolClosed)
                 if not stale or time.monotonic() > began + STALE_TIMEOUT:
                     raise StoreError(self._redacted(error)) from None
 
-    def _transact(self, step: Step, durable: bool, lone: bool) -> Any:
+    def _transact(
+        self, step: str | Step, values: Data, durable: bool, lone: bool
+    ) -> Any:
         begin = "BEGIN ISOLATION LEVEL READ COMMITTED; "
         begin += f"SET LOCAL statement_timeout = {STEP_TIMEOUT * 1000:.0f}; "
         begin += "" if durable else "SET LOCAL synchronous_commit = off; "
@@ -156,7 +161,7 @@ class PostgresStore(Store):
             try:
                 if not self._ready:
                     self._make_schema(connection)
-                result = step(execute)
+                result = run_step(step, execute, values)
                 connection.commit()
                 return result
             except BaseException:
@@ -164,7 +169,7 @@ class PostgresStore(Store):
                 raise
 
     def _read(self, name: str, values: Data) -> Rows:
-        return self._write(lambda execute: execute(name, values), lone=True)  # type: ignore[no-any-return]
+        return self._write(name, values)  # type: ignore[no-any-return]
 
     def _redacted(self, error: Exception) -> str:
         # The rest of a text may quote what was to be stored.

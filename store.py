@@ -6,10 +6,10 @@ nothing and another process goes on. The unit of work is the conversation. A row
 conversation that is due longest, and the work is its oldest open message. So a chat is
 answered in order, by one worker at a time.
 
-`Store` holds the verbs, their promises and their SQL, which is the same for both
-engines: `SQLiteStore` below, for the processes of one machine, and `PostgresStore` in
-postgres.py, for several machines. An engine says how a transaction is made (`_write`,
-`_read`) and spells the few things that differ (`dialect`).
+`Store` holds the verbs and their promises, and the end of this file their SQL, which is
+the same for both engines: `SQLiteStore` below, for the processes of one machine, and
+`PostgresStore` in postgres.py, for several machines. An engine says how a transaction
+is made (`_write`, `_read`) and spells the few things that differ (`dialect`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -40,8 +40,8 @@ TURN_TIMEOUT = 5.0  # seconds a worker lets callbacks go first, at the most
 
 Data = dict[str, Any]
 Rows = list[tuple[Any, ...]]
-Execute = Callable[[str, Data], Rows]  # returns rows: () for one that was changed
-Step = Callable[[Execute], Any]  # what a verb does within one transaction
+Execute = Callable[[str, Data], Rows]  # does a statement of SQL; () for a changed row
+Step = Callable[[Execute, Data], Any]  # what a verb does, if it is several statements
 logger = logging.getLogger(__name__)
 
 
@@ -74,10 +74,10 @@ class Claim:
 
 
 class Store:
-    """The verbs and their promises. Each is one transaction; each may raise StoreError.
+    """The verbs and their promises. Each may raise StoreError.
 
-    A callback waits for `add`, so workers let it go first: while one is at the store,
-    they go there one at a time.
+    What a verb does in SQL stands at the end of this file. A callback waits for `add`:
+    while one is at the store, workers go there one at a time.
     """
 
     dialect: ClassVar[dict[str, str]]  # how the engine spells the {words} of the SQL
@@ -87,43 +87,36 @@ class Store:
         self._callbacks: deque[None] = deque()  # at the store now; counted without lock
         self._turn = threading.Lock()
 
-    def _write(self, step: Step, durable: bool = False, lone: bool = False) -> Any:
-        """Do a step in one transaction and return its result.
+    def _write(
+        self, step: str | Step, values: Data, durable: bool = False, lone: bool = False
+    ) -> Any:
+        """Do a statement of SQL, or a step of several in one transaction.
 
         What is `durable` is on the disk before it returns; other steps can be done
-        again after a power cut. A `lone` step is statements that need no transaction.
+        again after a power cut. The statements of a `lone` step need no transaction.
         """
         raise NotImplementedError
 
     def _read(self, name: str, values: Data) -> Rows:
-        """Return the rows of one SELECT."""
+        """Return the rows of a SELECT."""
+        raise NotImplementedError
+
+    def durability(self) -> str:
+        """Say when a message is safe; raise StoreError if it is not."""
         raise NotImplementedError
 
     def close(self) -> None:
         """Let go of files and connections."""
         raise NotImplementedError
 
-    @contextmanager
-    def _callback(self) -> Iterator[None]:
-        self._callbacks.append(None)
-        try:
-            yield
-        finally:
-            self._callbacks.pop()
-
-    @contextmanager
-    def _worker(self) -> Iterator[None]:
+    def _in_turn(self, act: Callable[..., Any], *values: Any) -> Any:
+        """Do what a worker wants, and let callbacks go first."""
         held = bool(self._callbacks) and self._turn.acquire(timeout=TURN_TIMEOUT)
         try:
-            yield
+            return act(*values)
         finally:
             if held:
                 self._turn.release()
-
-    def _write_one(self, name: str, **values: Any) -> Rows:
-        """Do a statement that is a transaction by itself, for a worker."""
-        with self._worker():
-            return self._write(lambda execute: execute(name, values), lone=True)  # type: ignore[no-any-return]
 
     def add(
         self,
@@ -141,24 +134,16 @@ class Store:
         unless empty, added `rate` in the last MINUTE. With a `reply` there is nothing
         to ask, and nothing of it is remembered.
         """
-        values: Data = {"id": storable(id), "asker": storable(asker)}
-        values |= {"conversation": storable(conversation), "room": room}
-        values |= {"rate": rate, "minute": MINUTE}
+        names = {"id": id, "conversation": conversation, "asker": asker}
+        values: Data = {name: storable(text) for name, text in names.items()}
+        values |= {"room": room, "rate": rate, "minute": MINUTE}
         values |= {"data": json.dumps(data), "reply": _dump(reply)}
         values |= {"remember": int(reply is None)}
-
-        def step(execute: Execute) -> Added:
-            [(open,)] = execute("enter", values)
-            if execute("insert", values | {"open": open}):
-                return Added.NEW
-            execute("leave", values)
-            execute("drop", values)
-            if execute("known", values):
-                return Added.KNOWN
-            return Added.QUEUE_FULL if open > room else Added.RATE_LIMITED
-
-        with self._callback():
-            return Added(self._write(step, durable=True))
+        self._callbacks.append(None)
+        try:
+            return Added(self._write(add_step, values, True))
+        finally:
+            self._callbacks.pop()
 
     def claim(self) -> Claim | None:
         """Take the oldest open message of the conversation that is due longest.
@@ -166,21 +151,15 @@ class Store:
         A claim lasts LEASE seconds. A message whose claims ended MAX_ATTEMPTS times
         without a word is claimed once more, as `spent`, and then failed.
         """
-        token = os.urandom(16).hex()
-
-        def step(execute: Execute) -> tuple[Rows, Rows]:
-            taken = execute("take", {"token": token, "lease": LEASE})
-            # In a statement of its own, so that it sees what ended a moment ago. No
-            # message of a conversation ends while another worker holds it.
-            return taken, taken and execute("oldest", {"conversation": taken[0][0]})
-
-        with self._worker():
-            taken, oldest = self._write(step, lone=True)
-        if not taken:
+        values: Data = {"token": os.urandom(16).hex(), "lease": LEASE}
+        claimed = self._in_turn(self._write, claim_step, values, False, True)
+        if not claimed:
             return None
-        attempts = taken[0][1]
-        claim = _read_claim(oldest[0], token, spent=attempts > MAX_ATTEMPTS)
-        if claim.data is not None and attempts <= MAX_ATTEMPTS + 1:
+        attempts, (seq, id, conversation, *texts, accepted) = claimed
+        data, reply, progress = map(_load, texts)
+        given = (data, values["token"], reply, progress or {}, accepted)
+        claim = Claim(seq, id, conversation, *given, spent=attempts > MAX_ATTEMPTS)
+        if data is not None and attempts <= MAX_ATTEMPTS + 1:
             return claim
         self.fail(claim, "its work was cut short too often, or it cannot be read")
         return self.claim()
@@ -192,12 +171,7 @@ class Store:
         values: Data = {"lease": LEASE, "longest": LONGEST_DELAY}
         values |= {"names": json.dumps([claim.conversation for claim in claims])}
         values |= {"tokens": json.dumps([claim.token for claim in claims])}
-
-        def step(execute: Execute) -> Rows:
-            execute("repair", values)
-            return execute("heartbeat", values) if claims else []
-
-        held = dict(self._write(step))
+        held = dict(self._write(heartbeat_step, values))
         lost = [claim for claim in claims if claim.token not in held]
         return lost, [claim for claim in claims if held.get(claim.token)]
 
@@ -209,69 +183,60 @@ class Store:
 
         Without `remember` neither text nor reply outlives finish.
         """
-        values = _key(claim) | {"reply": _dump(reply), "progress": _dump(progress)}
-        return bool(self._write_one("save_reply", **values, remember=int(remember)))
+        values = {"reply": _dump(reply), "progress": _dump(progress)}
+        values |= _key(claim) | {"remember": int(remember)}
+        return bool(self._in_turn(self._write, "save_reply", values))
 
     def finish(self, claim: Claim) -> bool:
         """End a message as answered and free its conversation; False if it was lost."""
-        return self._end(claim, "finish", {})
+        values = _key(claim) | {"end": "finish"}
+        return bool(self._in_turn(self._write, end_step, values))
 
     def fail(self, claim: Claim, reason: str) -> bool:
         """Give a message up, until an operator looks; False if the claim was lost."""
-        ended = self._end(claim, "fail", {"reason": storable(reason)})
+        values = _key(claim) | {"end": "fail", "reason": storable(reason)}
+        ended = bool(self._in_turn(self._write, end_step, values))
         if ended:
             logger.error("message %s failed: %s", claim.id, reason)
         return ended
-
-    def _end(self, claim: Claim, name: str, more: Data) -> bool:
-        values = _key(claim) | more
-
-        def step(execute: Execute) -> bool:
-            freed = execute("free_only", values) or execute("free", values)
-            if freed:
-                execute(name, values)
-            return bool(freed)
-
-        with self._worker():
-            return bool(self._write(step))
 
     def release(self, claim: Claim, delay: float, failed: bool = False) -> None:
         """Give a message back, to be claimed again in `delay` seconds.
 
         `failed` counts this claim against MAX_ATTEMPTS.
         """
-        self._write_one("release", **_key(claim), delay=delay, uncounted=1 - failed)
+        values = _key(claim) | {"delay": delay, "uncounted": 1 - failed}
+        self._in_turn(self._write, "release", values)
 
     def cancel(self, conversation: str) -> bool:
         """Ask whoever holds a claim of a conversation to stop; False if nobody does."""
-        values = {"conversation": storable(conversation)}
-        return bool(self._write(lambda execute: execute("cancel", values), lone=True))
+        return bool(self._write("cancel", {"conversation": storable(conversation)}))
 
     def history(self, conversation: str, limit: int) -> list[tuple[Data, str]]:
         """Return the last remembered (data, reply) pairs, oldest first: `limit` at the
         most, and HISTORY_LIMIT."""
-        name, most = storable(conversation), min(limit, HISTORY_LIMIT)
-        with self._worker():
-            rows = self._read("history", {"conversation": name, "limit": most})
+        values: Data = {"conversation": storable(conversation)}
+        values |= {"limit": min(limit, HISTORY_LIMIT)}
+        rows = self._in_turn(self._read, "history", values)
         turns = [(_load(data), _load(reply)) for data, reply in reversed(rows)]
         return [(data, reply) for data, reply in turns if data and reply]
 
     def forget(self, conversation: str) -> None:
         """Delete every text of the answered and the failed messages of a conversation.
         Their ids stay known."""
-        self._write_one("forget", conversation=storable(conversation))
+        values = {"conversation": storable(conversation)}
+        self._in_turn(self._write, "forget", values)
 
     def prune(self, age: float) -> int:
         """Delete what ended more than `age` seconds ago; return how many."""
-        total = after = 0
+        total, page = 0, {"after": 0, "age": age, "batch": BATCH}
         while True:
-            page = {"after": after, "age": age, "batch": BATCH}
             [(last, ended)] = self._read("page", page)
             if last is None:
                 return total
             if ended:
-                total += len(self._write_one("prune", **page, last=last))
-            after = last
+                total += len(self._write("prune", page | {"last": last}))
+            page["after"] = last
             time.sleep(0.02)  # so that others get their turn
 
     def load(self) -> tuple[int, int, int]:
@@ -297,17 +262,7 @@ class Store:
         """Open failed messages again, all or these, in their turn; return how many."""
         numbers = json.dumps([str(seq) for seq in seqs or ()])
         values: Data = {"every": int(seqs is None), "seqs": numbers}
-
-        def step(execute: Execute) -> int:
-            names = [name for (name,) in execute("reopen", values)]
-            execute("reenter", {"names": json.dumps(names)})
-            return len(names)
-
-        return int(self._write(step))
-
-    def durability(self) -> str:
-        """Say when a message is safe; raise StoreError if it is not."""
-        raise NotImplementedError
+        return int(self._write(retry_step, values))
 
 
 def storable(text: str) -> str:
@@ -332,18 +287,12 @@ def _load(text: str | None) -> Any:
         return json.loads(text or "null")
 
 
-def _read_claim(row: tuple[Any, ...], token: str, spent: bool) -> Claim:
-    seq, id, conversation, *texts, accepted = row
-    data, reply, progress = map(_load, texts)
-    given = (data, token, reply, progress or {}, accepted, spent)
-    return Claim(seq, id, conversation, *given)
-
-
 @dataclass(slots=True, eq=False)
 class PendingWrite:
     """A step that a thread wants done, perhaps by another thread."""
 
-    step: Step
+    step: str | Step
+    values: Data
     durable: bool
     lone: bool
     done: bool = False
@@ -439,8 +388,11 @@ class SQLiteStore(Store):
     def _execute(self, name: str, values: Data) -> Rows:
         return self._execute_retrying(self._sql[name], {**values, "now": time.time()})
 
-    def _write(self, step: Step, durable: bool = False, lone: bool = False) -> Any:
-        pending = PendingWrite(step, durable, lone)
+    def _write(
+        self, step: str | Step, values: Data, durable: bool = False, lone: bool = False
+    ) -> Any:
+        lone = lone or isinstance(step, str)
+        pending = PendingWrite(step, values, durable, lone)
         self._pending.append(pending)
         with self._write_lock:
             if not pending.done:
@@ -475,7 +427,7 @@ class SQLiteStore(Store):
         if not alone:
             self._execute_retrying("BEGIN IMMEDIATE")
         for write in writes:
-            write.result = write.step(self._execute)
+            write.result = run_step(write.step, self._execute, write.values)
         if not alone:
             self._writer.execute("COMMIT")
 
@@ -636,6 +588,55 @@ SQL = {
         GROUP BY value
         ON CONFLICT (name) DO UPDATE SET open = conversation.open + excluded.open""",
 }
+
+
+def run_step(step: str | Step, execute: Execute, values: Data) -> Any:
+    """Do a statement by its name, or a step of several."""
+    return execute(step, values) if isinstance(step, str) else step(execute, values)
+
+
+def add_step(execute: Execute, values: Data) -> Added:
+    """Count the message in and keep it; if it is refused, count it out and say why."""
+    [(open,)] = execute("enter", values)
+    if execute("insert", values | {"open": open}):
+        return Added.NEW
+    execute("leave", values)
+    execute("drop", values)
+    if execute("known", values):
+        return Added.KNOWN
+    return Added.QUEUE_FULL if open > values["room"] else Added.RATE_LIMITED
+
+
+def claim_step(execute: Execute, values: Data) -> tuple[int, Any] | None:
+    """Take a conversation and read its oldest message.
+
+    That is a statement of its own, so that it sees what ended a moment ago. No message
+    of a conversation ends while another worker holds it.
+    """
+    for name, attempts in execute("take", values):
+        return attempts, execute("oldest", {"conversation": name})[0]
+    return None
+
+
+def heartbeat_step(execute: Execute, values: Data) -> Rows:
+    """Prolong leases, and repair what a clock that was set back has left."""
+    execute("repair", values)
+    return execute("heartbeat", values)
+
+
+def end_step(execute: Execute, values: Data) -> bool:
+    """Free the conversation, then end the message; nothing if the claim was lost."""
+    if not (execute("free_only", values) or execute("free", values)):
+        return False
+    execute(values["end"], values)
+    return True
+
+
+def retry_step(execute: Execute, values: Data) -> int:
+    """Open the messages again and count them in."""
+    names = [name for (name,) in execute("reopen", values)]
+    execute("reenter", {"names": json.dumps(names)})
+    return len(names)
 
 
 def _migrate(file: sqlite3.Connection, schema: str) -> None:

@@ -632,7 +632,7 @@ def test_workers_go_to_the_store_one_at_a_time_while_a_callback_is_there(
 ):
     write, there, seen, free = kept._write, [], [], threading.Event()
 
-    def watched(step, durable=False, lone=False):
+    def watched(step, values, durable=False, lone=False):
         if durable:
             free.wait(20)
         else:
@@ -640,7 +640,7 @@ def test_workers_go_to_the_store_one_at_a_time_while_a_callback_is_there(
             seen.append(len(there))
             time.sleep(0.05)
             there.pop()
-        return write(step, durable, lone)
+        return write(step, values, durable, lone)
 
     monkeypatch.setattr(kept, "_write", watched)
     callback = threading.Thread(target=kept.add, args=("1", "jared", {}))
