@@ -327,25 +327,6 @@ class Client:
         body |= {"Random": msg_random} | ({"GroupAtInfo": [asker]} if mention else {})
         return self.call("group_open_http_svc/send_group_msg", body)
 
-    def create_robot(self, userid: str, nick: str = "") -> None:
-        """Create a chatbot account; doing it again changes nothing. Raises IMError."""
-        if not userid.startswith(ROBOT) or len(userid.encode()) > 32:
-            raise ValueError(
-                f"{userid!r} cannot be a robot: its UserID must start with {ROBOT} "
-                "and have at most 32 bytes"
-            )
-        body = {"UserID": userid} | ({"Nick": nick} if nick else {})
-        self.call("openim_robot_http_svc/create_robot", body)
-
-    def delete_robot(self, userid: str) -> None:
-        """Delete a chatbot account. Raises IMError."""
-        self.call("openim_robot_http_svc/delete_robot", {"Robot_Account": userid})
-
-    def robots(self) -> list[str]:
-        """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
-        answer = self.call("openim_robot_http_svc/get_all_robots", {})
-        return [str(userid) for userid in answer.get("Robot_Account") or []]
-
     def call(self, command: str, body: Json, waits: Sequence[float] = PAUSES) -> Json:
         """Make a REST call and return Tencent's answer.
 
