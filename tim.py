@@ -16,7 +16,6 @@ import random
 import re
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +36,10 @@ SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of 
 PARTS = 1024  # numbers set apart for the messages of one answer
 FORBID = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
 
-UNSUPPORTED = {  # what a user may send and no AI is asked about
-    *("TIMSoundElem", "TIMFileElem", "TIMVideoFileElem"),
-    *("TIMFaceElem", "TIMLocationElem", "TIMRelayElem"),
-}
+UNSUPPORTED = frozenset(  # what a user may send and no AI is asked about
+    "TIMSoundElem TIMFileElem TIMVideoFileElem TIMFaceElem TIMLocationElem "
+    "TIMRelayElem".split()
+)
 
 Json = dict[str, Any]
 
@@ -60,38 +59,29 @@ RETRY = _codes(
 RETRY_MESSAGE = _codes("20027 20028 90994 90995")
 STALE_SIG = _codes("20002 60004 60005 70001")  # a new UserSig may mend it
 
-MEANING = {  # of final codes
-    10004: "a parameter is invalid",
-    10007: "the robot may not do this; is it a member of the group?",
-    10008: "not an app admin, or the app has all the robots it may have",
-    10010: "the group does not exist any more",
-    10015: "the group does not exist",
-    10016: "refused by the app's own before-callback",
-    10017: "the robot is muted in the group",
-    20003: "the sender or the receiver does not exist",
-    20006: "refused by the app's own before-callback",
-    60006: "IM_SDKAPPID is not a valid app",
-    60010: "IM_ADMIN is not an admin of this app",
-    60016: "the app is disabled",
-    60020: "the service is stopped: the package has expired or is unpaid",
-    60021: "this server's address is not on the app's list",
-    60026: "the app lives in another region: set IM_API_URL to that region's domain",
-    60028: "the trial edition's messages of the last 24 hours are used up",
-    70003: "the UserSig is malformed",
-    70009: "IM_KEY is not the key of this app",
-    70013: "the UserSig is another user's",
-    70014: "the UserSig is another app's",
-    70020: "IM_SDKAPPID does not exist",
-    70107: "the account does not exist",
-    70398: "the edition allows no more accounts",
-    80001: "the text was stopped by the sensitive-word filter",
-    80002: "the message is too long",
-    90008: "the robot does not exist: create it first",
-    90009: "IM_ADMIN is not an admin of this app",
-    90012: "the receiver is not registered",
-    90048: "the account does not exist",
-    93000: "the message is too long",
+MEANINGS = {  # of final codes, for the operator
+    "10007": "the robot may not do this; is it a member of the group?",
+    "10008": "not an app admin, or the app has all the robots it may have",
+    "10010 10015": "the group does not exist",
+    "10016 20006": "refused by the app's own before-callback",
+    "10017": "the robot is muted in the group",
+    "20003": "the sender or the receiver does not exist",
+    "60006 70020": "IM_SDKAPPID is not a valid app",
+    "60010 90009": "IM_ADMIN is not an admin of this app",
+    "60016": "the app is disabled",
+    "60020": "the service is stopped: the package has expired or is unpaid",
+    "60021": "this server's address is not on the app's list",
+    "60026": "the app lives in another region: set IM_API_URL to that region's domain",
+    "60028": "the trial edition's messages of the last 24 hours are used up",
+    "70009": "IM_KEY is not the key of this app",
+    "70107 90048": "the account does not exist",
+    "70398": "the edition allows no more accounts",
+    "80001": "the text was stopped by the sensitive-word filter",
+    "80002 93000": "the message is too long",
+    "90008": "the robot does not exist: create it first",
+    "90012": "the receiver is not registered",
 }
+MEANING = {code: text for codes, text in MEANINGS.items() for code in _codes(codes)}
 
 
 class BadEvent(ValueError):
@@ -136,7 +126,7 @@ class Message:
     def conversation(self, per_member: bool = False) -> str:
         """Return the key of the chat: who shares an order and a memory.
 
-        Ids hold no tabs (see _name), so two chats never share a key.
+        Ids hold no tabs (see _id), so two chats never share a key.
         """
         if not self.group:
             return "\t".join(("c2c", self.robot, self.user))
@@ -144,9 +134,7 @@ class Message:
         return "\t".join(("group", self.robot, self.group, self.topic, *member))
 
 
-def parse(
-    command: str, event: Json, nicks: Mapping[str, str] | None = None
-) -> list[Message]:
+def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Message]:
     """Return what a callback asks: of nobody, of a robot, or of each robot mentioned.
 
     `nicks` are the robots' names, by which they may be mentioned. Raises BadEvent.
@@ -156,43 +144,25 @@ def parse(
     """
     if command not in ("Bot.OnC2CMessage", "Bot.OnGroupMessage"):
         return []
-    user = _name(event, "From_Account")
+    user = _id(event, "From_Account")
     if user.upper().startswith(ROBOT) or str(event.get("SendMsgResult", 0)) != "0":
         return []
-    content = _content(event.get("MsgBody"))
-    found = _c2c if command == "Bot.OnC2CMessage" else _group
-    messages = found(event, user, content, nicks or {})
-    return [m for m in messages if m.text or m.images or m.kind != "question"]
-
-
-def _c2c(
-    event: Json, user: str, content: Json, nicks: Mapping[str, str]
-) -> list[Message]:
-    robot = _name(event, "To_Account")
-    if not robot.startswith(ROBOT):
+    text, images, kind = _content(event.get("MsgBody"))
+    if command == "Bot.OnC2CMessage":
+        group, topic, random_field = "", "", "MsgRandom"
+        robots = _robots([event.get("To_Account")], "To_Account")
+    else:
+        group, random_field = _id(event, "GroupId"), "Random"
+        topic = _id(event, "TopicId") if event.get("TopicId") else ""
+        robots = _robots(event.get("AtRobots_Account", []), "AtRobots_Account")
+        names = [nicks[robot] for robot in robots if nicks.get(robot)]
+        text = cut_mentions(text, [*robots, *names])
+    if kind == "question" and not text and not images:
         return []
-    numbers = [_number(event, name) for name in ("MsgSeq", "MsgRandom", "MsgTime")]
-    return [Message("\t".join((robot, user, *numbers)), robot, user, **content)]
-
-
-def _group(
-    event: Json, user: str, content: Json, nicks: Mapping[str, str]
-) -> list[Message]:
-    group = _name(event, "GroupId")
-    topic = _name(event, "TopicId") if event.get("TopicId") else ""
-    numbers = [_number(event, name) for name in ("MsgSeq", "Random", "MsgTime")]
-    mentioned = event.get("AtRobots_Account", [])
-    if not isinstance(mentioned, list):
-        raise BadEvent("AtRobots_Account is not a list")
-    robots = [
-        _name({"AtRobots_Account": name}, "AtRobots_Account") for name in mentioned
-    ]
-    robots = [name for name in dict.fromkeys(robots) if name.startswith(ROBOT)]
-    names = [*robots, *(nicks[name] for name in robots if nicks.get(name))]
-    content = content | {"text": cut_mentions(content["text"], names)}
-    content |= {"group": group, "topic": topic}
+    numbers = [_number(event, name) for name in ("MsgSeq", random_field, "MsgTime")]
+    id = "\t".join((user, group, topic, *numbers))
     return [
-        Message("\t".join((robot, group, topic, *numbers)), robot, user, **content)
+        Message(f"{robot}\t{id}", robot, user, text, group, topic, images, kind)
         for robot in robots
     ]
 
@@ -211,67 +181,64 @@ def cut_mentions(text: str, names: Iterable[str]) -> str:
     return cut.strip()
 
 
-def _name(event: dict[str, Any], field: str) -> str:
-    name = event.get(field)
-    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_ID:
-        raise BadEvent(f"{field} is not a string of 1 to {LONGEST_ID} characters")
-    if not name.isprintable():
-        raise BadEvent(f"{field} holds a character that no id may have")
-    return name
+def _robots(accounts: Any, field: str) -> list[str]:
+    """Return the robots among the accounts of a field, each once."""
+    if not isinstance(accounts, list):
+        raise BadEvent(f"{field} is not a list")
+    ids = dict.fromkeys(_id({field: account}, field) for account in accounts)
+    return [id for id in ids if id.startswith(ROBOT)]
 
 
-def _number(event: dict[str, Any], field: str) -> str:
+def _id(event: Json, field: str) -> str:
+    id = event.get(field)
+    if isinstance(id, str) and 0 < len(id) <= LONGEST_ID and id.isprintable():
+        return id
+    raise BadEvent(f"{field} is not a string of 1 to {LONGEST_ID} visible characters")
+
+
+def _number(event: Json, field: str) -> str:
     number = event.get(field)  # documented as a number, sent as a string in places
-    if isinstance(number, int) and not isinstance(number, bool) and abs(number) < 2**64:
+    if isinstance(number, int | str) and re.fullmatch(r"-?[0-9]{1,20}", str(number)):
         return str(number)
-    if isinstance(number, str) and re.fullmatch(r"[0-9]{1,20}", number):
-        return number
     raise BadEvent(f"{field} is not a number")
 
 
-def _content(body: Any) -> Json:
-    """Return text, images and kind of a MsgBody."""
-    found = _elements(body)
-    texts = [_text(content) for content in found["TIMTextElem"]]
-    images = [_image(content) for content in found["TIMImageElem"]]
-    kind = "question"
-    if any(_presses_stop(content) for content in found["TIMCustomElem"]):
-        kind = "stop"
-    elif UNSUPPORTED & found.keys() and not texts and not any(images):
-        kind = "unsupported"
-    text = "\n".join(texts).strip()
-    return {"text": text, "images": tuple(filter(None, images)), "kind": kind}
-
-
-def _elements(body: Any) -> defaultdict[str, list[Json]]:
-    """Return the contents of a MsgBody's elements, by their MsgType."""
-    if not isinstance(body, list) or not all(isinstance(item, dict) for item in body):
-        raise BadEvent("MsgBody is not a list of objects")
-    found: defaultdict[str, list[Json]] = defaultdict(list)
+def _content(body: Any) -> tuple[str, tuple[str, ...], str]:
+    """Return the text, the images and the kind of a MsgBody."""
+    if not isinstance(body, list):
+        raise BadEvent("MsgBody is not a list")
+    texts, images, kinds = [], [], set()
     for element in body:
-        name, content = element.get("MsgType"), element.get("MsgContent")
-        if not isinstance(name, str) or not isinstance(content, dict):
-            raise BadEvent("an element of MsgBody lacks its MsgType or MsgContent")
-        found[name].append(content)
-    return found
+        match element:
+            case {"MsgType": "TIMTextElem", "MsgContent": {"Text": str(text)}}:
+                texts.append(clean(text))
+            case {"MsgType": "TIMImageElem", "MsgContent": dict(content)}:
+                images += _image(content)
+            case {"MsgType": "TIMCustomElem", "MsgContent": dict(content)}:
+                kinds.add("stop" if _presses_stop(content) else "")
+            case {"MsgType": str(name), "MsgContent": dict()} if name != "TIMTextElem":
+                kinds.add("unsupported" if name in UNSUPPORTED else "")
+            case _:
+                raise BadEvent(
+                    "MsgBody has an element without MsgType, MsgContent or Text"
+                )
+    kind = "question"
+    if "stop" in kinds:
+        kind = "stop"
+    elif "unsupported" in kinds and not texts and not images:
+        kind = "unsupported"
+    return "\n".join(texts).strip(), tuple(images), kind
 
 
-def _text(content: Json) -> str:
-    if not isinstance(content.get("Text"), str):
-        raise BadEvent("a TIMTextElem has no Text")
-    return clean(content["Text"])
-
-
-def _image(content: Json) -> str:
+def _image(content: Json) -> list[str]:
     """Return the URL of a picture: rather the large than the original or a thumb."""
     infos = content.get("ImageInfoArray")
-    infos = infos if isinstance(infos, list) else []
-    infos = [item for item in infos if isinstance(item, dict)]
-    for size in (2, 1, 3):
-        for info in infos:
-            if info.get("Type") == size and isinstance(info.get("URL"), str):
-                return clean(info["URL"])
-    return ""
+    urls = {}
+    for info in infos if isinstance(infos, list) else []:
+        match info:
+            case {"Type": int(size), "URL": str(url)}:
+                urls[size] = clean(url)
+    return [urls[size] for size in (2, 1, 3) if urls.get(size)][:1]
 
 
 def _presses_stop(content: Json) -> bool:
