@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from replies import PlainReply, split
-from tim import PAUSES, IMError, Json, chat_fields, numbers, text_element
+from tim import PAUSES, IMError, Json, chat_fields, message_body, text_element
 
 KEEP_ALIVE = 8.0  # seconds without a chunk; Tencent closes a stream after 15
 # Chunks of a stream are numbered from 1. A last chunk that has to be the same at each
@@ -50,10 +50,10 @@ class EditedReply(GrowingReply):
     def open(self) -> None:
         if "key" in self.progress:
             return
-        first = self.element("", finished=False)
         with self._or_plain():
             # The same bytes at each try: after a crash, Tencent tells its key again.
-            answer = self.client.send(self.message, first, self.order, 0, mention=True)
+            element = self.element("", finished=False)
+            answer = self.client.send(self.message, element, self.order, 0, True)
             self._note(key=answer["MsgSeq" if self.message.group else "MsgKey"])
 
     def update(self, text: str) -> None:
@@ -126,7 +126,6 @@ class StreamReply(GrowingReply):
     update_interval = 0.2
     keep_alive_after = KEEP_ALIVE
     limit = 100_000  # bytes; Tencent refuses a stream of 128 KB
-    old_client = "…"  # what clients show that know no streams
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -153,8 +152,7 @@ class StreamReply(GrowingReply):
     def keep_alive(self) -> None:
         if self._lock.acquire(blocking=False):  # else a chunk is on its way
             try:
-                if self.keep_alive_after < math.inf:  # it was not closed meanwhile
-                    self._add("")
+                self._add("")
             finally:
                 self._lock.release()
 
@@ -190,7 +188,8 @@ class StreamReply(GrowingReply):
 
     def _add(self, text: str) -> None:
         """Push what is pending, else `text`; if it fails, the next one tries again."""
-        if self._grows():
+        closing = self.keep_alive_after == math.inf
+        if self._grows() and not closing:
             with suppress(IMError), self._or_plain():
                 self._push(text if self._pending is None else self._pending)
 
@@ -228,23 +227,14 @@ class StreamReply(GrowingReply):
         self._pending, self.last_sent = text, time.monotonic()
         chunk: Json = {"EventType": "data", "Index": self._index}
         chunk |= {"Markdown": text, "IsLast": last}
-        content: Json = {"CompatibleText": self.old_client, "Chunks": [chunk]}
+        # Clients that know no streams show the CompatibleText.
+        content: Json = {"CompatibleText": "…", "Chunks": [chunk]}
         if "key" in self.progress:
             content["StreamMsgID"] = self.progress["key"]
-        answer = self._call(content, waits)
+        element = {"MsgType": "TIMStreamElem", "MsgContent": content}
+        body = message_body(self.message, element, self.order, 0)
+        kind = "group" if self.message.group else "c2c"
+        answer = self.client.call(f"stream_msg/send_{kind}_stream_msg", body, waits)
         self._said, self._pending = self._said + text, None
         self._confirmed = time.monotonic()
         return answer
-
-    def _call(self, content: Json, waits: Sequence[float]) -> Json:
-        message, kind = self.message, "group"
-        seq, msg_random = numbers(message.id, self.order, 0)
-        body = chat_fields(message) | {
-            "From_Account": message.robot,
-            "MsgRandom": msg_random,
-            "MsgBody": [{"MsgType": "TIMStreamElem", "MsgContent": content}],
-        }
-        if not message.group:
-            body |= {"MsgSeq": seq, "SyncOtherMachine": 2}
-            kind = "c2c"
-        return self.client.call(f"stream_msg/send_{kind}_stream_msg", body, waits)

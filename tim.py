@@ -14,7 +14,6 @@ import hashlib
 import json
 import random
 import re
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ MEANINGS = {  # of final codes, for the operator
     "10010 10015": "the group does not exist",
     "10016 20006": "refused by the app's own before-callback",
     "10017": "the robot is muted in the group",
-    "20003": "the sender or the receiver does not exist",
+    "20003 70107 90012 90048": "the sender or the receiver does not exist",
     "60006 70020": "IM_SDKAPPID is not a valid app",
     "60010 90009": "IM_ADMIN is not an admin of this app",
     "60016": "the app is disabled",
@@ -74,12 +73,10 @@ MEANINGS = {  # of final codes, for the operator
     "60026": "the app lives in another region: set IM_API_URL to that region's domain",
     "60028": "the trial edition's messages of the last 24 hours are used up",
     "70009": "IM_KEY is not the key of this app",
-    "70107 90048": "the account does not exist",
     "70398": "the edition allows no more accounts",
     "80001": "the text was stopped by the sensitive-word filter",
     "80002 93000": "the message is too long",
     "90008": "the robot does not exist: create it first",
-    "90012": "the receiver is not registered",
 }
 MEANING = {code: text for codes, text in MEANINGS.items() for code in _codes(codes)}
 
@@ -207,46 +204,42 @@ def _content(body: Any) -> tuple[str, tuple[str, ...], str]:
     """Return the text, the images and the kind of a MsgBody."""
     if not isinstance(body, list):
         raise BadEvent("MsgBody is not a list")
-    texts, images, kinds = [], [], set()
+    texts, images, others, kind = [], [], set(), "question"
     for element in body:
         match element:
             case {"MsgType": "TIMTextElem", "MsgContent": {"Text": str(text)}}:
                 texts.append(clean(text))
-            case {"MsgType": "TIMImageElem", "MsgContent": dict(content)}:
-                images += _image(content)
-            case {"MsgType": "TIMCustomElem", "MsgContent": dict(content)}:
-                kinds.add("stop" if _presses_stop(content) else "")
+            case {"MsgType": "TIMImageElem", "MsgContent": {"ImageInfoArray": list(i)}}:
+                images += _image(i)
+            case {"MsgType": "TIMCustomElem", "MsgContent": {"Data": str(data)}}:
+                kind = "stop" if _presses_stop(data) else kind
             case {"MsgType": str(name), "MsgContent": dict()} if name != "TIMTextElem":
-                kinds.add("unsupported" if name in UNSUPPORTED else "")
+                others.add(name)
             case _:
                 raise BadEvent(
-                    "MsgBody has an element without MsgType, MsgContent or Text"
+                    "an element of MsgBody has no MsgType, MsgContent or Text"
                 )
-    kind = "question"
-    if "stop" in kinds:
-        kind = "stop"
-    elif "unsupported" in kinds and not texts and not images:
+    if kind != "stop" and others & UNSUPPORTED and not texts and not images:
         kind = "unsupported"
     return "\n".join(texts).strip(), tuple(images), kind
 
 
-def _image(content: Json) -> list[str]:
+def _image(infos: list[Any]) -> list[str]:
     """Return the URL of a picture: rather the large than the original or a thumb."""
-    infos = content.get("ImageInfoArray")
     urls = {}
-    for info in infos if isinstance(infos, list) else []:
+    for info in infos:
         match info:
             case {"Type": int(size), "URL": str(url)}:
                 urls[size] = clean(url)
     return [urls[size] for size in (2, 1, 3) if urls.get(size)][:1]
 
 
-def _presses_stop(content: Json) -> bool:
+def _presses_stop(data: str) -> bool:
     """Return whether a custom element is the stop button of TUIKit's AI answers."""
     try:
-        signal = json.loads(content["Data"])
+        signal = json.loads(data)
         return bool(signal["chatbotPlugin"] == 2 and signal["src"] == 22)
-    except (TypeError, ValueError, KeyError, IndexError, RecursionError):
+    except (TypeError, ValueError, KeyError, RecursionError):
         return False
 
 
@@ -264,7 +257,6 @@ class Client:
         url = url.rstrip("/")
         self.url, self.sdkappid, self._key, self.admin = url, sdkappid, key, admin
         self._sig, self._renew_at = "", 0.0
-        self._lock = threading.Lock()
         self._session = open_session(url, threads)
 
     def send(
@@ -281,46 +273,40 @@ class Client:
         https://www.tencentcloud.com/document/product/1047/34919 (one-to-one)
         https://www.tencentcloud.com/document/product/1047/34959 (group)
         """
-        seq, msg_random = numbers(message.id, order, part)
-        body = chat_fields(message) | {
-            "From_Account": message.robot,
-            "MsgBody": [element],
-            "ForbidCallbackControl": FORBID,
-        }
+        body = message_body(message, element, order, part)
+        body["ForbidCallbackControl"] = FORBID
         if not message.group:
-            body |= {"MsgSeq": seq, "MsgRandom": msg_random, "SyncOtherMachine": 2}
             return self.call("openim/sendmsg", body)
-        asker = {"GroupAtAllFlag": 0, "GroupAt_Account": message.user}
-        body |= {"Random": msg_random} | ({"GroupAtInfo": [asker]} if mention else {})
+        body["Random"] = body.pop("MsgRandom")
+        if mention:
+            asker = {"GroupAtAllFlag": 0, "GroupAt_Account": message.user}
+            body["GroupAtInfo"] = [asker]
         return self.call("group_open_http_svc/send_group_msg", body)
 
     def call(self, command: str, body: Json, waits: Sequence[float] = PAUSES) -> Json:
         """Make a REST call and return Tencent's answer.
 
         Where that may help, it is made again after each of `waits` seconds.
-
         Raises IMError. https://www.tencentcloud.com/document/product/1047/34620
         """
         data = json.dumps(body, ensure_ascii=False).encode()
         pauses, renewed, arrived = list(waits), False, False
         while True:
-            sig = self._user_sig()
             try:
-                return self._post(command, data, sig)
+                return self._post(command, data)
             except IMError as error:
                 arrived = error.may_have_arrived = arrived or error.may_have_arrived
                 if error.code in STALE_SIG and not renewed:
-                    renewed = True
-                    self._drop(sig)
+                    renewed, self._renew_at = True, 0.0
                 elif error.retry and pauses:
                     time.sleep(pauses.pop(0) * random.uniform(0.75, 1.25))
                 else:
                     raise
 
-    def _post(self, command: str, data: bytes, sig: str) -> Json:
+    def _post(self, command: str, data: bytes) -> Json:
         url = (
             f"{self.url}/v4/{command}?sdkappid={self.sdkappid}&contenttype=json"
-            f"&identifier={quote(self.admin)}&usersig={quote(sig)}"
+            f"&identifier={quote(self.admin)}&usersig={quote(self._user_sig())}"
             f"&random={random.getrandbits(32)}"
         )
         limits = (CONNECT_TIMEOUT, CALL_TIMEOUT)
@@ -334,16 +320,11 @@ class Client:
         return _verdict(command, response)
 
     def _user_sig(self) -> str:
-        with self._lock:
-            if time.time() > self._renew_at:
-                self._sig = gen_user_sig(self.sdkappid, self._key, self.admin, SIG_LIFE)
-                self._renew_at = time.time() + SIG_LIFE / 2
-            return self._sig
-
-    def _drop(self, sig: str) -> None:
-        with self._lock:
-            if sig == self._sig:
-                self._renew_at = 0.0
+        """Return a UserSig; if two threads make one at a time, both are good."""
+        if time.time() > self._renew_at:
+            self._sig = gen_user_sig(self.sdkappid, self._key, self.admin, SIG_LIFE)
+            self._renew_at = time.time() + SIG_LIFE / 2
+        return self._sig
 
 
 def _was_sent(error: Exception) -> bool:
@@ -366,6 +347,18 @@ def _verdict(command: str, response: requests.Response) -> Json:
     if answer.get("MsgDropReason"):
         raise IMError(command, 10023, f"dropped: {answer['MsgDropReason']}"[:200])
     return dict(answer)
+
+
+def message_body(message: Message, element: Json, order: int, part: int) -> Json:
+    """Return the body of a call that sends an element as the robot of `message`."""
+    seq, msg_random = numbers(message.id, order, part)
+    body = chat_fields(message) | {
+        "From_Account": message.robot,
+        "MsgRandom": msg_random,
+        "MsgBody": [element],
+    }
+    one_to_one = {"MsgSeq": seq, "SyncOtherMachine": 2}  # a group counts by itself
+    return body if message.group else body | one_to_one
 
 
 def chat_fields(message: Message) -> Json:
