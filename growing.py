@@ -51,17 +51,15 @@ class EditedReply(GrowingReply):
         if "key" in self.progress:
             return
         with self._or_plain():
-            # The same bytes at each try: after a crash, Tencent tells its key again.
+            # After a crash the same bytes are sent, and Tencent returns the same key.
             element = self.element("", finished=False)
             answer = self.client.send(self.message, element, self.order, 0, True)
             self._note(key=answer["MsgSeq" if self.message.group else "MsgKey"])
 
     def update(self, text: str) -> None:
         if "key" in self.progress:
-            try:
+            with suppress(IMError):  # the next edit shows this text too
                 self._modify(self.element(self._split(text)[0], finished=False), ())
-            except IMError as error:
-                logger.info("%s: an edit failed: %s", self.message.id, error)
 
     def close(self, text: str, failed: bool = False) -> None:
         parts = self._split(text)
@@ -140,14 +138,14 @@ class StreamReply(GrowingReply):
             if "key" not in self.progress:
                 self._note(key=self._push("", waits=PAUSES)["StreamMsgID"])
             elif self._index == 0:  # of a dead process: nobody knows what it has said
-                self._cut(self.replaced, ORPHANED)
+                self._close_with(self.replaced, ORPHANED)
                 self.progress["plain"] = True
 
     def update(self, text: str) -> None:
         text = self._split(text)[0]
         with self._lock:
             if text != self._said and text.startswith(self._said):
-                self._add(text[len(self._said) :])
+                self._add(text.removeprefix(self._said))
 
     def keep_alive(self) -> None:
         if self._lock.acquire(blocking=False):  # else a chunk is on its way
@@ -171,16 +169,14 @@ class StreamReply(GrowingReply):
             return self._send_parts(parts, 1)
         # What the stream does not show goes as plain messages.
         self.progress["said"] = self._said
-        text = "".join(parts)
-        known = len(self._said) if text.startswith(self._said) else 0
-        self._send_parts(split(text[known:]), 0)
+        self._send_parts(split("".join(parts).removeprefix(self._said)), 0)
 
     def give_up(self, text: str) -> None:
         with self._lock:
             self.keep_alive_after = math.inf
             if "key" in self.progress:
                 with self._or_plain():
-                    return self._cut(text, GIVEN_UP)
+                    return self._close_with(text, GIVEN_UP)
         super().give_up(text)
 
     def _grows(self) -> bool:
@@ -188,22 +184,23 @@ class StreamReply(GrowingReply):
 
     def _add(self, text: str) -> None:
         """Push what is pending, else `text`; if it fails, the next one tries again."""
-        closing = self.keep_alive_after == math.inf
-        if self._grows() and not closing:
+        closed = self.keep_alive_after == math.inf  # or is being closed
+        if self._grows() and not closed:
             with suppress(IMError), self._or_plain():
                 self._push(text if self._pending is None else self._pending)
 
     def _complete(self, text: str) -> bool:
-        """Say the rest and close the stream; return whether it shows the text.
+        """Send the rest and close the stream; return whether it shows the text.
 
-        In doubt, as after a crash, the end may be said twice: better than never.
+        If nobody knows whether Tencent took the end, it is sent once more: it may be
+        shown twice, but it is shown.
         """
         fresh = time.monotonic() - self._confirmed < KEEP_ALIVE
         try:
             if self._pending is not None:
                 self._push(self._pending, waits=PAUSES)
             fits = text.startswith(self._said)
-            rest = text[len(self._said) :] if fits else f"\n\n{self.replaced}"
+            rest = text.removeprefix(self._said) if fits else f"\n\n{self.replaced}"
             self._push(rest, last=True, waits=PAUSES)
             return fits
         except IMError as error:
@@ -211,7 +208,7 @@ class StreamReply(GrowingReply):
                 return True  # an earlier try has closed the stream
             raise
 
-    def _cut(self, text: str, index: int) -> None:
+    def _close_with(self, text: str, index: int) -> None:
         """Close the stream with one more paragraph, whatever was said before."""
         self._index, self._pending = index, None
         self._push(f"\n\n{text}", last=True, waits=PAUSES)

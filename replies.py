@@ -64,7 +64,7 @@ class PlainReply:
         """Show the answer so far."""
 
     def keep_alive(self) -> None:
-        """Show a sign of life, where Tencent would else close the message."""
+        """Send something, before Tencent closes the message for its silence."""
 
     def close(self, text: str, failed: bool = False) -> None:
         """Show the whole answer, marked as complete.

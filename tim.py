@@ -32,8 +32,8 @@ CONNECT_TIMEOUT = 5  # seconds
 CALL_TIMEOUT = 10  # seconds for one try of a call, from its start to its last byte
 PAUSES = (0.3, 1.5)  # seconds before the second and the third try of a call
 SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of that
-PARTS = 1024  # numbers set apart for the messages of one answer
-FORBID = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
+PARTS = 1024  # values of MsgSeq set apart for the messages of one answer
+NO_CALLBACKS = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
 
 UNSUPPORTED = frozenset(  # what a user may send and no AI is asked about
     "TIMSoundElem TIMFileElem TIMVideoFileElem TIMFaceElem TIMLocationElem "
@@ -49,12 +49,12 @@ def _codes(listed: str) -> frozenset[int]:
 
 # https://www.tencentcloud.com/document/product/1047/34348
 NETWORK = -1  # our code for a call that brought no answer of Tencent's
-# The network, a rate, or trouble of Tencent's own: any message may fare better later.
+# The network, a rate limit, or an error inside Tencent: a later try may succeed.
 RETRY = _codes(
     "-1 10002 10006 10023 20004 20005 20018 22006 60007 60008 60011 60013 60014 60018 "
     "60019 70050 70169 70500 80003 90057 90992 91000"
 )
-# This message may fare better soon; if not, then never, and others are not concerned.
+# Trouble with this one message: a try soon may succeed, a late one will not.
 RETRY_MESSAGE = _codes("20027 20028 90994 90995")
 STALE_SIG = _codes("20002 60004 60005 70001")  # a new UserSig may mend it
 
@@ -88,8 +88,8 @@ class BadEvent(ValueError):
 class IMError(Exception):
     """A call that Tencent IM refused, or that did not get through.
 
-    `retry`: the same call may succeed later; `about_message`: but only if soon, as the
-    trouble is with this one message; `may_have_arrived`: this try, or one before it,
+    `retry`: the same call may succeed later; `about_message`: only soon, and the
+    trouble is with this message alone; `may_have_arrived`: this try, or one before it,
     may have had its effect all the same, so that another might show a message twice.
     """
 
@@ -121,7 +121,7 @@ class Message:
         return {name: getattr(self, name) for name in self.__slots__}
 
     def conversation(self, per_member: bool = False) -> str:
-        """Return the key of the chat: who shares an order and a memory.
+        """Return the key of the chat, whose messages share an order and a memory.
 
         Ids hold no tabs (see _id), so two chats never share a key.
         """
@@ -132,7 +132,7 @@ class Message:
 
 
 def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Message]:
-    """Return what a callback asks: of nobody, of a robot, or of each robot mentioned.
+    """Return the messages of a callback: one for each robot that it is for.
 
     `nicks` are the robots' names, by which they may be mentioned. Raises BadEvent.
     Ignored are other callbacks, what robots wrote, and what was not delivered.
@@ -156,10 +156,10 @@ def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Mess
         text = cut_mentions(text, [*robots, *names])
     if kind == "question" and not text and not images:
         return []
-    numbers = [_number(event, name) for name in ("MsgSeq", random_field, "MsgTime")]
-    id = "\t".join((user, group, topic, *numbers))
+    unique = [_number(event, name) for name in ("MsgSeq", random_field, "MsgTime")]
+    rest = "\t".join((user, group, topic, *unique))
     return [
-        Message(f"{robot}\t{id}", robot, user, text, group, topic, images, kind)
+        Message(f"{robot}\t{rest}", robot, user, text, group, topic, images, kind)
         for robot in robots
     ]
 
@@ -167,7 +167,7 @@ def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Mess
 def cut_mentions(text: str, names: Iterable[str]) -> str:
     """Return the text without `@name`, for every name, wherever it stands.
 
-    If none is there, a single mention at the start is a name that we do not know.
+    If there is none, a single mention at the start is cut: a name we do not know.
     """
     cut = text
     for name in sorted(names, key=len, reverse=True):
@@ -225,7 +225,7 @@ def _content(body: Any) -> tuple[str, tuple[str, ...], str]:
 
 
 def _image(infos: list[Any]) -> list[str]:
-    """Return the URL of a picture: rather the large than the original or a thumb."""
+    """Return one URL of a picture: of the large one, the original or the thumbnail."""
     urls = {}
     for info in infos:
         match info:
@@ -274,7 +274,7 @@ class Client:
         https://www.tencentcloud.com/document/product/1047/34959 (group)
         """
         body = message_body(message, element, order, part)
-        body["ForbidCallbackControl"] = FORBID
+        body["ForbidCallbackControl"] = NO_CALLBACKS
         if not message.group:
             return self.call("openim/sendmsg", body)
         body["Random"] = body.pop("MsgRandom")
@@ -286,7 +286,7 @@ class Client:
     def call(self, command: str, body: Json, waits: Sequence[float] = PAUSES) -> Json:
         """Make a REST call and return Tencent's answer.
 
-        Where that may help, it is made again after each of `waits` seconds.
+        If another try may help, there is one after each of `waits` seconds.
         Raises IMError. https://www.tencentcloud.com/document/product/1047/34620
         """
         data = json.dumps(body, ensure_ascii=False).encode()
@@ -316,25 +316,22 @@ class Client:
         except (requests.RequestException, CallEnded) as error:
             # Its text holds the URL with the UserSig: only its name may be told.
             reason = f"no answer ({type(error).__name__})"
-            raise IMError(command, NETWORK, reason, _was_sent(error)) from None
-        return _verdict(command, response)
+            no_address = isinstance(error, ValueError)
+            no_connection = any(isinstance(arg, MaxRetryError) for arg in error.args)
+            sent = not (no_address or no_connection)
+            raise IMError(command, NETWORK, reason, may_have_arrived=sent) from None
+        return _read_answer(command, response)
 
     def _user_sig(self) -> str:
-        """Return a UserSig; if two threads make one at a time, both are good."""
+        """Return a UserSig. Two threads may make one each at a time: both are valid."""
         if time.time() > self._renew_at:
             self._sig = gen_user_sig(self.sdkappid, self._key, self.admin, SIG_LIFE)
             self._renew_at = time.time() + SIG_LIFE / 2
         return self._sig
 
 
-def _was_sent(error: Exception) -> bool:
-    """Return whether the call may have left: there was an address and a connection."""
-    cause = error.args[0] if error.args else None
-    return not isinstance(error, ValueError) and not isinstance(cause, MaxRetryError)
-
-
-def _verdict(command: str, response: requests.Response) -> Json:
-    """Return Tencent's answer, or raise the IMError that it is."""
+def _read_answer(command: str, response: requests.Response) -> Json:
+    """Return Tencent's answer; raise IMError if it is a refusal, or none at all."""
     try:
         answer = response.json()
         code = int(answer["ErrorCode"])
@@ -357,7 +354,7 @@ def message_body(message: Message, element: Json, order: int, part: int) -> Json
         "MsgRandom": msg_random,
         "MsgBody": [element],
     }
-    one_to_one = {"MsgSeq": seq, "SyncOtherMachine": 2}  # a group counts by itself
+    one_to_one = {"MsgSeq": seq, "SyncOtherMachine": 2}  # in groups Tencent sets it
     return body if message.group else body | one_to_one
 
 
