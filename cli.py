@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
 import click
 import requests
@@ -24,10 +25,11 @@ from config import DEFAULT_PERSONA, Config, ConfigError
 from providers import Provider, ProviderError
 from session import CancelScope
 from store import Store, StoreError
-from tim import IMError
+from tim import ROBOT, IMError
 from usersig import gen_user_sig
 
 LISTED = 100  # failed messages
+LONGEST_ROBOT = 32  # bytes of a chatbot's UserID
 CONSOLE = """
 In the console, under Webhook: the URL https://<this server>/im, authentication with the
 token of IM_CALLBACK_TOKEN, and both robot callbacks switched on."""
@@ -74,8 +76,14 @@ def answer_of(provider: Provider, chat: list[dict[str, str]], config: Config) ->
 @click.option("--nick", default="", help="The name that users see.")
 def create_robot(userid: str, nick: str) -> None:
     """Create the chatbot account USERID, such as @RBT#001."""
+    if not userid.startswith(ROBOT) or len(userid.encode()) > LONGEST_ROBOT:
+        raise click.ClickException(
+            f"{userid!r} cannot be a robot: its UserID must start with {ROBOT} "
+            f"and have at most {LONGEST_ROBOT} bytes"
+        )
+    body = {"UserID": userid} | ({"Nick": nick} if nick else {})
     with cli_errors():
-        or_exit(Config.from_env).im_client().create_robot(userid, nick)
+        call_robots(or_exit(Config.from_env), "create_robot", body)
     click.echo(f"{userid} is there: write to it.")
 
 
@@ -84,7 +92,8 @@ def create_robot(userid: str, nick: str) -> None:
 def delete_robot(userid: str) -> None:
     """Delete the chatbot account USERID; its name cannot be used again."""
     with cli_errors():
-        or_exit(Config.from_env).im_client().delete_robot(userid)
+        body = {"Robot_Account": userid}
+        call_robots(or_exit(Config.from_env), "delete_robot", body)
     click.echo(f"{userid} is deleted.")
 
 
@@ -92,7 +101,18 @@ def delete_robot(userid: str) -> None:
 def robots() -> None:
     """List the app's chatbot accounts."""
     with cli_errors():
-        click.echo("\n".join(or_exit(Config.from_env).im_client().robots()))
+        click.echo("\n".join(list_robots(or_exit(Config.from_env))))
+
+
+def list_robots(config: Config) -> list[str]:
+    """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
+    answer = call_robots(config, "get_all_robots", {})
+    return [str(userid) for userid in answer.get("Robot_Account") or []]
+
+
+def call_robots(config: Config, verb: str, body: dict[str, str]) -> dict[str, Any]:
+    """Make a REST call about chatbot accounts. Raises IMError."""
+    return config.im_client().call(f"openim_robot_http_svc/{verb}", body)
 
 
 @click.command()
@@ -149,7 +169,7 @@ def check_token(config: Config) -> str:
 
 def check_robots(config: Config) -> str:
     """Say whether Tencent takes the key, and which robots there are."""
-    there = config.im_client().robots()
+    there = list_robots(config)
     if missing := [robot for robot in config.robots if robot not in there]:
         raise ValueError(f"{missing[0]} of robots.toml is not there: create-robot it")
     if not there:

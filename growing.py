@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from replies import PlainReply, split
-from tim import PAUSES, IMError, Json, chat_fields, numbers, text_element
+from tim import PAUSES, IMError, Json, chat_fields, message_body, text_element
 
 KEEP_ALIVE = 8.0  # seconds without a chunk; Tencent closes a stream after 15
 # Chunks of a stream are numbered from 1. A last chunk that has to be the same at each
@@ -50,18 +50,16 @@ class EditedReply(GrowingReply):
     def open(self) -> None:
         if "key" in self.progress:
             return
-        first = self.element("", finished=False)
         with self._or_plain():
-            # The same bytes at each try: after a crash, Tencent tells its key again.
-            answer = self.client.send(self.message, first, self.order, 0, mention=True)
+            # After a crash the same bytes are sent, and Tencent returns the same key.
+            element = self.element("", finished=False)
+            answer = self.client.send(self.message, element, self.order, 0, True)
             self._note(key=answer["MsgSeq" if self.message.group else "MsgKey"])
 
     def update(self, text: str) -> None:
         if "key" in self.progress:
-            try:
+            with suppress(IMError):  # the next edit shows this text too
                 self._modify(self.element(self._split(text)[0], finished=False), ())
-            except IMError as error:
-                logger.info("%s: an edit failed: %s", self.message.id, error)
 
     def close(self, text: str, failed: bool = False) -> None:
         parts = self._split(text)
@@ -126,7 +124,6 @@ class StreamReply(GrowingReply):
     update_interval = 0.2
     keep_alive_after = KEEP_ALIVE
     limit = 100_000  # bytes; Tencent refuses a stream of 128 KB
-    old_client = "…"  # what clients show that know no streams
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -141,20 +138,19 @@ class StreamReply(GrowingReply):
             if "key" not in self.progress:
                 self._note(key=self._push("", waits=PAUSES)["StreamMsgID"])
             elif self._index == 0:  # of a dead process: nobody knows what it has said
-                self._cut(self.replaced, ORPHANED)
+                self._close_with(self.replaced, ORPHANED)
                 self.progress["plain"] = True
 
     def update(self, text: str) -> None:
         text = self._split(text)[0]
         with self._lock:
             if text != self._said and text.startswith(self._said):
-                self._add(text[len(self._said) :])
+                self._add(text.removeprefix(self._said))
 
     def keep_alive(self) -> None:
         if self._lock.acquire(blocking=False):  # else a chunk is on its way
             try:
-                if self.keep_alive_after < math.inf:  # it was not closed meanwhile
-                    self._add("")
+                self._add("")
             finally:
                 self._lock.release()
 
@@ -173,16 +169,14 @@ class StreamReply(GrowingReply):
             return self._send_parts(parts, 1)
         # What the stream does not show goes as plain messages.
         self.progress["said"] = self._said
-        text = "".join(parts)
-        known = len(self._said) if text.startswith(self._said) else 0
-        self._send_parts(split(text[known:]), 0)
+        self._send_parts(split("".join(parts).removeprefix(self._said)), 0)
 
     def give_up(self, text: str) -> None:
         with self._lock:
             self.keep_alive_after = math.inf
             if "key" in self.progress:
                 with self._or_plain():
-                    return self._cut(text, GIVEN_UP)
+                    return self._close_with(text, GIVEN_UP)
         super().give_up(text)
 
     def _grows(self) -> bool:
@@ -190,21 +184,23 @@ class StreamReply(GrowingReply):
 
     def _add(self, text: str) -> None:
         """Push what is pending, else `text`; if it fails, the next one tries again."""
-        if self._grows():
+        closed = self.keep_alive_after == math.inf  # or is being closed
+        if self._grows() and not closed:
             with suppress(IMError), self._or_plain():
                 self._push(text if self._pending is None else self._pending)
 
     def _complete(self, text: str) -> bool:
-        """Say the rest and close the stream; return whether it shows the text.
+        """Send the rest and close the stream; return whether it shows the text.
 
-        In doubt, as after a crash, the end may be said twice: better than never.
+        If nobody knows whether Tencent took the end, it is sent once more: it may be
+        shown twice, but it is shown.
         """
         fresh = time.monotonic() - self._confirmed < KEEP_ALIVE
         try:
             if self._pending is not None:
                 self._push(self._pending, waits=PAUSES)
             fits = text.startswith(self._said)
-            rest = text[len(self._said) :] if fits else f"\n\n{self.replaced}"
+            rest = text.removeprefix(self._said) if fits else f"\n\n{self.replaced}"
             self._push(rest, last=True, waits=PAUSES)
             return fits
         except IMError as error:
@@ -212,7 +208,7 @@ class StreamReply(GrowingReply):
                 return True  # an earlier try has closed the stream
             raise
 
-    def _cut(self, text: str, index: int) -> None:
+    def _close_with(self, text: str, index: int) -> None:
         """Close the stream with one more paragraph, whatever was said before."""
         self._index, self._pending = index, None
         self._push(f"\n\n{text}", last=True, waits=PAUSES)
@@ -228,23 +224,14 @@ class StreamReply(GrowingReply):
         self._pending, self.last_sent = text, time.monotonic()
         chunk: Json = {"EventType": "data", "Index": self._index}
         chunk |= {"Markdown": text, "IsLast": last}
-        content: Json = {"CompatibleText": self.old_client, "Chunks": [chunk]}
+        # Clients that know no streams show the CompatibleText.
+        content: Json = {"CompatibleText": "…", "Chunks": [chunk]}
         if "key" in self.progress:
             content["StreamMsgID"] = self.progress["key"]
-        answer = self._call(content, waits)
+        element = {"MsgType": "TIMStreamElem", "MsgContent": content}
+        body = message_body(self.message, element, self.order, 0)
+        kind = "group" if self.message.group else "c2c"
+        answer = self.client.call(f"stream_msg/send_{kind}_stream_msg", body, waits)
         self._said, self._pending = self._said + text, None
         self._confirmed = time.monotonic()
         return answer
-
-    def _call(self, content: Json, waits: Sequence[float]) -> Json:
-        message, kind = self.message, "group"
-        seq, msg_random = numbers(message.id, self.order, 0)
-        body = chat_fields(message) | {
-            "From_Account": message.robot,
-            "MsgRandom": msg_random,
-            "MsgBody": [{"MsgType": "TIMStreamElem", "MsgContent": content}],
-        }
-        if not message.group:
-            body |= {"MsgSeq": seq, "SyncOtherMachine": 2}
-            kind = "c2c"
-        return self.client.call(f"stream_msg/send_{kind}_stream_msg", body, waits)

@@ -23,9 +23,9 @@ from tim import PARTS, Client, Json, Message, text_element
 PART_BYTES = 9000  # of UTF-8 JSON in one message; Tencent refuses more than 12 KB
 LAST_PART = PARTS - 1  # its numbers are for the sentence of give_up
 
-_BREAKS = [r"\n\s*\n", r"\n", r"[。！？!?；;]+|\.\s", r"[，,、\s]"]
+_BREAKS = [r"\n\s*\n", r"\n", r"[。！？!?；;]+|\.\s", r"[，,、\s]", r"[\s\S]"]
 _FLAGS = re.compile("[\U0001f1e6-\U0001f1ff]+\\Z")
-_FENCE = re.compile(r"^ {0,3}(```+|~~~+)[^`\n]*$", re.MULTILINE)
+_FENCE = re.compile(r"^ {0,3}(?:```+|~~~+)[^`\n]*$", re.MULTILINE)
 _TABLE = re.compile(r"(?:^|\n)(\|.*\n\|[ :|-]+\n)(?:\|.*\n)*\Z")
 
 
@@ -64,7 +64,7 @@ class PlainReply:
         """Show the answer so far."""
 
     def keep_alive(self) -> None:
-        """Show a sign of life, where Tencent would else close the message."""
+        """Send something, before Tencent closes the message for its silence."""
 
     def close(self, text: str, failed: bool = False) -> None:
         """Show the whole answer, marked as complete.
@@ -133,8 +133,7 @@ def _break(text: str, end: int) -> int:
         for found in reversed([*re.finditer(pattern, half)]):
             if _boundary(text, end // 2 + found.end()):
                 return end // 2 + found.end()
-    nearby = range(end, max(0, end - 200), -1)
-    return next((place for place in nearby if _boundary(text, place)), end)
+    return end
 
 
 def _boundary(text: str, place: int) -> bool:
@@ -156,14 +155,10 @@ def _boundary(text: str, place: int) -> bool:
 
 def _reopen(part: str, limit: int) -> tuple[str, str]:
     """Return what closes a code block or table that a part cuts, what reopens it."""
-    fence = ""
-    for found in _FENCE.finditer(part):
-        fence = "" if fence else found[0]
-    closing, again = "", ""
-    if fence:
-        mark = fence.strip()[:3]
+    fences, closing, again = _FENCE.findall(part), "", ""
+    if len(fences) % 2:
+        mark, again = fences[-1].strip()[:3], f"{fences[-1]}\n"
         closing = mark if part.endswith("\n") else f"\n{mark}"
-        again = f"{fence}\n"
     elif table := _TABLE.search(part):
         again = table[1]
-    return (closing, again) if measure(again) < limit // 4 else (closing, "")
+    return closing, again if measure(again) < limit // 4 else ""

@@ -45,6 +45,15 @@ def test_robots_are_made_listed_and_deleted_by_command(sim, flask):
     assert done.returncode == 1 and "IM_KEY is not the key" in done.stderr
 
 
+def test_a_robot_that_is_made_by_command_can_be_written_to(im, flask):
+    assert flask("create-robot", "@RBT#new", "--nick", "Newcomer").returncode == 0
+    robots = dict(im.sim.robots)
+    assert flask("create-robot", "@RBT#new", "--nick", "Newcomer").returncode == 0
+    assert im.sim.robots == robots
+    im.say("welcome", robot="@RBT#new")
+    assert im.sim.wait(1)[0].robot == "@RBT#new"
+
+
 def test_the_ai_can_be_asked_by_command(sim, flask):
     done = flask("ask", "hello")
     assert done.stdout.strip() == "You said: hello (question 1 of our chat)"

@@ -42,7 +42,8 @@ def test_the_stand_in_checks_what_it_is_sent(sim):
         ((APPID, KEY, "jared"), 60010),
     ]:
         with pytest.raises(tim.IMError) as caught:
-            tim.Client(sim.url, *identity).create_robot("@RBT#x")
+            client = tim.Client(sim.url, *identity)
+            client.call("openim_robot_http_svc/create_robot", {"UserID": "@RBT#x"})
         assert caught.value.code == code
 
 

@@ -72,7 +72,7 @@ def test_a_usersig_that_expired_is_made_anew_once(sim):
     client = tim.Client(sim.url, APPID, KEY, "administrator")
     client._sig = usersig.gen_user_sig(APPID, KEY, "administrator", 1, now=1700000000)
     client._renew_at = time.time() + 1000
-    client.create_robot("@RBT#009")
+    client.call("openim_robot_http_svc/create_robot", {"UserID": "@RBT#009"})
     assert "@RBT#009" in sim.robots
 
 
@@ -101,16 +101,6 @@ def test_a_wrong_key_is_not_tried_again():
     }
     query = call.request.params
     assert query["contenttype"] == "json" and query["identifier"] == "administrator"
-
-
-def test_create_robot_makes_one_that_can_be_written_to(im):
-    client = tim.Client(im.sim.url, APPID, KEY, "administrator")
-    client.create_robot("@RBT#new", "Newcomer")
-    robots = dict(im.sim.robots)
-    client.create_robot("@RBT#new", "Newcomer")
-    assert im.sim.robots == robots
-    im.say("welcome", robot="@RBT#new")
-    assert im.sim.wait(1)[0].robot == "@RBT#new"
 
 
 def test_an_answer_of_tencents_that_is_cut_is_a_call_that_brought_none(ai_socket):
