@@ -47,6 +47,7 @@ LARGEST_CALLBACK = 1 << 20  # bytes
 NOTICE_EVERY = 600  # seconds in which a chat is told once why messages are refused
 PATIENCE = 86400  # seconds in which Tencent IM is asked again to take an answer
 PATIENCE_WITH_MESSAGE = 120  # the same, if it is this one message that IM refuses
+KNOWN_C2C, KNOWN_GROUP = 100, 280  # seconds in which Tencent knows a repetition, safely
 DRAIN = 20.0  # seconds for answers in work when the server stops
 HISTORY_CHARACTERS = 24_000  # of old turns in one question
 
@@ -307,14 +308,22 @@ class Bot:
 
     def _not_sent(self, job: Job, error: tim.IMError) -> None:
         """Send an answer later that IM did not take, or give it up."""
-        claim, now = job.work.claim, time.time()
-        since = max(job.progress.setdefault("failing_since", now), claim.accepted)
+        claim, now, progress = job.work.claim, time.time(), job.progress
+        since = max(progress.setdefault("failing_since", now), claim.accepted)
         patience = PATIENCE_WITH_MESSAGE if error.about_message else PATIENCE
         if not error.retry or now - since > patience:
             return self._give_up(job, str(error))
         delay = min(60.0, max(1.0, now - since))
         logger.warning("%s; trying again in %.0f s: %s", claim.id, delay, error)
-        self._save(job.work, None, job.progress)
+        part, unsure = str(progress.get("sent", 0)), progress.setdefault("unsure", {})
+        if error.may_have_arrived:
+            unsure.setdefault(part, now)
+        known = KNOWN_GROUP if job.message.group else KNOWN_C2C
+        if now + delay > unsure.get(part, now) + known:
+            logger.warning("%s counts as sent, but was not confirmed", claim.id)
+            del unsure[part]
+            job.reply.assume_sent()
+        self._save(job.work, None, progress)
         self.workers.when_store_works(self.store.release, claim, delay)
 
     def _give_up(self, job: Job, reason: str) -> None:
@@ -374,6 +383,7 @@ def create_app(config: Config | None = None) -> Flask:
     leave_on_sigterm(bot)
     atexit.register(bot.close)
     os.register_at_fork(after_in_child=refuse_preload)
+    sys.setswitchinterval(0.0005)  # seconds; 0.005 for each thread delays callbacks
     bot.workers.start()
     line = "version %s, store %s, AI service %s, replies %s"
     scheme = config.database_url.partition(":")[0]
@@ -404,7 +414,8 @@ def add_routes(app: Flask, bot: Bot) -> None:
         try:
             return {"status": "ok", **bot.store.stats()}, 200
         except StoreError as error:
-            return {"status": str(error)}, 503
+            logger.warning("no health: %s", error)
+            return {"status": "the store does not work"}, 503
 
     @app.errorhandler(HTTPException)
     def refused(error: HTTPException) -> tuple[Json, int]:

@@ -41,6 +41,11 @@ class GrowingReply(PlainReply):
             self.progress["plain"] = True
             self.keep_alive_after = math.inf
 
+    def assume_sent(self) -> None:
+        if "key" in self.progress:
+            return super().assume_sent()
+        self._note(plain=True)  # to open it once more could show it twice
+
 
 class EditedReply(GrowingReply):
     """A message that is edited until it holds the answer, or its first part."""

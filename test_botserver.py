@@ -467,8 +467,20 @@ def test_pictures_go_to_services_that_see(sim, make_app, tmp_path):
             "UUID": "u",
             "ImageFormat": 1,
             "ImageInfoArray": [
-                {"Type": 1, "Size": 9, "Width": 1, "Height": 1, "URL": "https://x/1"},
-                {"Type": 2, "Size": 9, "Width": 1, "Height": 1, "URL": "https://x/2"},
+                {
+                    "Type": 1,
+                    "Size": 9,
+                    "Width": 1,
+                    "Height": 1,
+                    "URL": "https://example.com/1",
+                },
+                {
+                    "Type": 2,
+                    "Size": 9,
+                    "Width": 1,
+                    "Height": 1,
+                    "URL": "https://example.com/2",
+                },
             ],
         },
     }
@@ -477,7 +489,7 @@ def test_pictures_go_to_services_that_see(sim, make_app, tmp_path):
     sim.wait(1)
     assert sim.ai_requests[0]["messages"][-1]["content"] == [
         {"type": "text", "text": "what is it?"},
-        {"type": "image_url", "image_url": {"url": "https://x/2"}},
+        {"type": "image_url", "image_url": {"url": "https://example.com/2"}},
     ]
     another = (
         f"sqlite:///{tmp_path}/another.db"  # else the first bot may take the question

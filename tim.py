@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import requests
 from urllib3.exceptions import MaxRetryError
@@ -229,9 +229,21 @@ def _image(infos: list[Any]) -> list[str]:
     urls = {}
     for info in infos:
         match info:
-            case {"Type": int(size), "URL": str(url)}:
+            case {"Type": int(size), "URL": str(url)} if _is_public(url):
                 urls[size] = clean(url)
     return [urls[size] for size in (2, 1, 3) if urls.get(size)][:1]
+
+
+def _is_public(url: str) -> bool:
+    """Return whether an AI service may fetch a URL: HTTPS, by a name of the Internet."""
+    try:
+        parts = urlsplit(url)
+        name = (parts.hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    literal = re.fullmatch(r"[\d.]*|0x[\da-f.x]*|.*:.*", name)
+    local = name.endswith((".local", ".localhost", ".internal", ".lan", ".home.arpa"))
+    return parts.scheme == "https" and "." in name and not literal and not local
 
 
 def _presses_stop(data: str) -> bool:
