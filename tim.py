@@ -235,7 +235,7 @@ def _image(infos: list[Any]) -> list[str]:
 
 
 def _is_public(url: str) -> bool:
-    """Return whether an AI service may fetch a URL: HTTPS, by a name of the Internet."""
+    """Return whether an AI service may fetch it: by HTTPS, from a name in public."""
     try:
         parts = urlsplit(url)
         name = (parts.hostname or "").rstrip(".")
