@@ -36,7 +36,7 @@ from commands import TEXTS
 from config import COMMAND_LINE, REPLIES, STORES, Config, ConfigError, Persona, load
 from providers import PROVIDERS, Provider, ProviderError, words
 from replies import PlainReply
-from session import CancelScope, open_session
+from session import CancelScope, Session
 from store import MAX_ATTEMPTS, MINUTE, NO_LIMIT, Added, Store, StoreError
 from usersig import BadSignature, check_callback
 from workers import InFlight, LeaseLost, Workers
@@ -363,7 +363,7 @@ def make_provider(config: Config, persona: Persona) -> Provider:
     if name == config.ai_provider:
         key, url, extra = config.ai_secret_key, config.ai_base_url, config.ai_extra_body
         model = model or config.ai_model
-    session = open_session(url or service.url, config.worker_threads)
+    session = Session(url or service.url, config.worker_threads)
     return Provider(service, key, url, model, extra, session)
 
 

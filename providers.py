@@ -22,7 +22,7 @@ import jwt
 import requests
 from urllib3.exceptions import HTTPError
 
-from session import CallEnded, CancelScope, Session, open_session, read_arrived
+from session import CallEnded, CancelScope, Session, read_arrived
 
 CONNECT_TIMEOUT = 5  # seconds
 TRIES = {"busy": 3, "once": 2}  # by ProviderError.kind; any other kind has one try
@@ -115,7 +115,7 @@ class Provider:
         url = (self.url or self.service.url).rstrip("/")
         object.__setattr__(self, "key", key)
         object.__setattr__(self, "url", url)
-        object.__setattr__(self, "session", self.session or open_session(url))
+        object.__setattr__(self, "session", self.session or Session(url))
 
     def chat(
         self, messages: list[Json], scope: CancelScope, update_interval: float = 0.0

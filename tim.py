@@ -25,7 +25,7 @@ from urllib.parse import quote
 import requests
 from urllib3.exceptions import MaxRetryError
 
-from session import CallEnded, CancelScope, open_session
+from session import CallEnded, CancelScope, Session
 from usersig import gen_user_sig
 
 ROBOT = "@RBT#"  # how the UserID of every chatbot account starts
@@ -298,7 +298,7 @@ class Client:
         self.url, self.sdkappid, self._key, self.admin = url, sdkappid, key, admin
         self._sig, self._renew_at = "", 0.0
         self._lock = threading.Lock()
-        self._session = open_session(url, threads)
+        self._session = Session(url, threads)
 
     def send(
         self,
