@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from itertools import count
 from typing import Any
 
 import jwt
@@ -27,7 +28,6 @@ from session import CallEnded, CancelScope, Session, read_arrived
 CONNECT_TIMEOUT = 5  # seconds
 TRIES = {"busy": 3, "once": 2}  # by ProviderError.kind; any other kind has one try
 LONGEST_WAIT = 60  # seconds of Retry-After that are honoured
-LONGEST_LINE = 1 << 20  # bytes of one event
 LONGEST_ANSWER = 8 << 20  # bytes of one answer
 MAX_TOKENS = 8192  # of one answer, unless AI_EXTRA_BODY says otherwise
 READ_EVERY = 0.2  # seconds between two looks at an answer that streams in
@@ -99,23 +99,24 @@ class Service:
     ask: Callable[[Provider, list[Json], CancelScope, float], Texts] | None = None
 
 
-@dataclass(frozen=True)
 class Provider:
     """A service, with the key and the wishes of this server."""
 
-    service: Service
-    key: str = field(default="", repr=False)
-    url: str = ""
-    model: str = ""
-    extra: Json = field(default_factory=dict)
-    session: Session = field(default=None, repr=False)  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        key = self.key.strip().removeprefix("Bearer ").strip()
-        url = (self.url or self.service.url).rstrip("/")
-        object.__setattr__(self, "key", key)
-        object.__setattr__(self, "url", url)
-        object.__setattr__(self, "session", self.session or Session(url))
+    def __init__(
+        self,
+        service: Service,
+        key: str = "",
+        url: str = "",
+        model: str = "",
+        extra: Json | None = None,
+        session: Session | None = None,
+    ) -> None:
+        self.service = service
+        self.key = key.strip().removeprefix("Bearer ").strip()
+        self.url = (url or service.url).rstrip("/")
+        self.model = model or service.model
+        self.extra = {**service.extra, **(extra or {})}
+        self.session = session or Session(self.url)
 
     def chat(
         self, messages: list[Json], scope: CancelScope, update_interval: float = 0.0
@@ -129,15 +130,15 @@ class Provider:
         messages = [turn for turn in messages if str(turn["content"] or "").strip()]
         if not messages:
             raise ProviderError("empty", "the question holds no text")
-        ask, tried, text = self.service.ask or openai_chat, 0, ""
-        while not text:
-            tried += 1
+        ask, text = self.service.ask or openai_chat, ""
+        for tried in count(1):
             try:
                 answer = ask(self, messages, scope, update_interval)
                 for text in filter(str.strip, answer):
                     yield text
-                if not text:
-                    raise ProviderError("empty", "the answer holds no text")
+                if text:
+                    return
+                raise ProviderError("empty", "the answer holds no text")
             except ProviderError as error:
                 delay = error.wait or 2 ** (tried - 2) * random.uniform(0.75, 1)
                 too_late = delay > min(LONGEST_WAIT, scope.remaining())
@@ -147,8 +148,8 @@ class Provider:
 
     def body(self, **fields: Any) -> Json:
         """Return a request's body; a null in an extra takes a field out."""
-        fields |= {"model": self.model or self.service.model or None}
-        fields |= {self.service.cap: MAX_TOKENS, **self.service.extra, **self.extra}
+        fields |= {"model": self.model or None, self.service.cap: MAX_TOKENS}
+        fields |= self.extra
         return {name: value for name, value in fields.items() if value is not None}
 
     def complete(
@@ -161,8 +162,8 @@ class Provider:
         try:
             with self._send(path, body, scope) as response:
                 if response.status_code != 200:
-                    text = b"\n".join(filter(None, lines(response, scope)))
-                    raise self.error(_json(text), response)
+                    body = _json(b"".join(reads(response, scope)))
+                    raise self.error(body, response)
                 yield from self._texts(response, scope, update_interval)
                 _finish(response, scope)
         except CallEnded as error:
@@ -218,52 +219,42 @@ class Provider:
 
         An error that ends a growing answer comes after the text that came before it.
         """
-        text = shown = finish = ""
-        due, broken = 0.0, None
+        parts: list[str] = []
+        shown, finish, due, failure = "", "", 0.0, None
         try:
             for event in events(response, scope):
                 if event:
-                    said, whole, finish = self._read(event, response)
-                    text = "" if whole else text
-                    text += said
+                    finish = self._add(event, parts, response)
                 elif update_interval and time.monotonic() >= due:
-                    so_far = without_thinking(text, final=False)
+                    so_far = without_thinking("".join(parts), final=False)
                     if so_far != shown:
                         yield so_far
                         shown, due = so_far, time.monotonic() + update_interval
                 if finish:
                     break
-            _check_finish(finish)
+            if finish in NAMES or not finish:
+                kind, why = NAMES.get(finish, "busy"), finish or "no finish_reason"
+                raise ProviderError(kind, f"the answer ended with {why}")
         except Exception as error:
-            broken = error
-        scope.ended, answer = True, without_thinking(text)
-        if answer != shown and (update_interval or not broken):
+            failure = error
+        scope.ended, answer = True, without_thinking("".join(parts))
+        if answer != shown and (update_interval or not failure):
             yield answer
-        if broken:
-            raise broken
+        if failure:
+            raise failure
         if finish == "length" and answer.strip():
             raise ProviderError("length", "the answer reached its limit of tokens")
 
-    def _read(self, event: Json, response: requests.Response) -> tuple[str, bool, str]:
-        """Return the text of an event, whether it is all so far, and the finish."""
+    def _add(self, event: Json, parts: list[str], response: requests.Response) -> str:
+        """Add to `parts` the text of an event, and return its finish_reason."""
         if find_error(event):
             raise self.error(event, response)
         choices = event.get("choices")
         choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
-        message = _dict(choice.get("message"))
-        said = message or _dict(choice.get("delta"))
-        text = _joined(said.get("content")) or _joined(said.get("refusal"))
-        reply = _joined(event.get("reply"))
-        whole = bool(reply or message and text)
-        return reply or text, whole, str(choice.get("finish_reason") or "")
-
-
-def _check_finish(finish: str) -> None:
-    """Raise the ProviderError that a finish_reason means, if any."""
-    if finish in NAMES:
-        raise ProviderError(NAMES[finish], f"the answer ended with {finish}")
-    if not finish:
-        raise ProviderError("busy", "the answer broke off")
+        if whole := _content(choice.get("message")) or _joined(event.get("reply")):
+            parts.clear()
+        parts.append(whole or _content(choice.get("delta")))
+        return str(choice.get("finish_reason") or "")
 
 
 def _finish(response: requests.Response, scope: CancelScope) -> None:
@@ -280,14 +271,12 @@ def _finish(response: requests.Response, scope: CancelScope) -> None:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds a service asks us to wait, None if it says nothing usable."""
     for name, unit in (("retry-after-ms", 1000), ("Retry-After", 1)):
-        text, seconds = headers.get(name, ""), 0.0
-        try:
-            seconds = float(text) / unit
-        except ValueError:
-            with suppress(ValueError, OverflowError):
-                seconds = parsedate_to_datetime(text).timestamp() - time.time()
-        if 0 < seconds < float("inf"):
-            return seconds
+        text = headers.get(name, "")
+        with suppress(ValueError, OverflowError):
+            date = parsedate_to_datetime(text).timestamp() if "," in text else 0.0
+            seconds = date - time.time() if date else float(text) / unit
+            if 0 < seconds < float("inf"):
+                return seconds
     return None
 
 
@@ -306,6 +295,11 @@ def find_error(body: Json) -> Json:
     return body if odd else {}
 
 
+def _content(said: Any) -> str:
+    """Return the text of a message or a delta."""
+    return _joined(_dict(said).get("content")) or _joined(_dict(said).get("refusal"))
+
+
 def _joined(content: Any) -> str:
     """Return the text of a content, which may be a list of parts."""
     if isinstance(content, list):
@@ -314,46 +308,44 @@ def _joined(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def lines(response: requests.Response, scope: CancelScope) -> Iterator[bytes | None]:
-    """Yield a body's lines, and None each time when all that has come was read.
+def reads(response: requests.Response, scope: CancelScope) -> Iterator[bytes]:
+    """Yield a body read by read, and a last line feed.
 
-    They are bytes: what has come may end in a character. A stream is read at a pace of
-    READ_EVERY and not chunk by chunk, since every time a thread wakes up costs CPU.
+    A stream is read every READ_EVERY seconds and not chunk by chunk, since every time
+    a thread wakes up costs CPU.
     """
-    rest, size = b"", 0
-    kind = response.headers.get("Content-Type", "")
+    kind, size = response.headers.get("Content-Type", ""), 0
     pause = READ_EVERY if kind.startswith("text/event-stream") else 0.0
     while piece := read_arrived(response, scope):
         read_at, size = time.monotonic(), size + len(piece)
-        *whole, rest = (rest + piece).split(b"\n")
-        yield from whole
-        if len(rest) > LONGEST_LINE or size > LONGEST_ANSWER:
+        if size > LONGEST_ANSWER:
             raise ProviderError("setup", "the service sent more than an answer can be")
-        yield None
+        yield piece
         scope.cancelled.wait(read_at + pause - time.monotonic())
     scope.check()  # a body that was cut may look like one that has ended
-    yield rest
+    yield b"\n"
 
 
 DONE: Json = {"choices": [{"finish_reason": "stop"}]}
 
 
 def events(response: requests.Response, scope: CancelScope) -> Iterator[Json]:
-    """Yield the JSON of each event, and {} each time when all that has come was read.
+    """Yield the JSON of each event, and {} after those that came in one read.
 
     A service may answer with a stream or with one plain JSON, whatever was asked for.
     """
-    plain = []
-    for line in lines(response, scope):
-        name, _, data = (line or b"").strip().partition(b":")
-        if line is None:
-            yield {}
-        elif name == b"data" and data.strip():
-            yield DONE if data.strip() == b"[DONE]" else _json(data)
-        elif name not in (b"", b"data", b"event", b"id", b"retry"):
-            plain.append(line)
+    rest = plain = b""
+    for piece in reads(response, scope):
+        *lines, rest = (rest + piece).split(b"\n")  # in bytes: a read may end anywhere
+        for line in lines:
+            name, _, data = line.strip().partition(b":")
+            if name == b"data" and data.strip():
+                yield DONE if data.strip() == b"[DONE]" else _json(data)
+            elif name not in (b"", b"data", b"event", b"id", b"retry"):
+                plain += line
+        yield {}
     if plain:
-        yield _json(b"\n".join(plain))
+        yield _json(plain)
         yield DONE
 
 
