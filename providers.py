@@ -1,9 +1,9 @@
-"""The AI services: a chat goes in, the text of the answer comes out, as far as it is.
+"""The AI services: a chat goes in, the text of the answer so far comes out.
 
-To add a service that speaks OpenAI's format, add a line to PROVIDERS; for one that
-does not, write a function like `minimax_completion` and name it there. All keep the
-same promises: an end within the deadline, no thinking in the answer, three tries where
-trying again may help, and a ProviderError for whatever goes wrong.
+To add a service that speaks OpenAI's format, add a line to PROVIDERS, at the end of
+this file; for one that does not, write a function like `minimax_completion` and name it
+there as `ask`. All keep the same promises: an end within the deadline, no thinking in
+the answer, three tries where that may help, a ProviderError for whatever goes wrong.
 """
 
 from __future__ import annotations
@@ -88,19 +88,19 @@ TRACES = ("trace-id", "minimax-request-id", "x-mm-request-id", "x-request-id")
 class Service:
     """One line of PROVIDERS."""
 
-    url: str
+    url: str  # to which "/chat/completions" is added
     model: str
     extra: Json = field(default_factory=dict)  # merged into every request
     codes: Mapping[str, str] = field(default_factory=dict)  # its own error codes
     token: Callable[[str], str] = str  # makes from the key what follows "Bearer"
     cap: str = "max_tokens"  # its name for the limit on an answer's tokens
-    keyless: bool = False
+    keyless: bool = False  # it may be asked without a key
     images: bool = False  # whether the model reads pictures
     ask: Callable[[Provider, list[Json], CancelScope, float], Texts] | None = None
 
 
 class Provider:
-    """A service, with the key and the wishes of this server."""
+    """A service, with the key and the settings of this server."""
 
     def __init__(
         self,
@@ -162,13 +162,13 @@ class Provider:
         try:
             with self._send(path, body, scope) as response:
                 if response.status_code != 200:
-                    body = _json(b"".join(reads(response, scope)))
-                    raise self.error(body, response)
+                    refusal = _json(b"".join(reads(response, scope)))
+                    raise self.error(refusal, response)
                 yield from self._texts(response, scope, update_interval)
                 _finish(response, scope)
         except CallEnded as error:
             raise ProviderError(error.reason, "no whole answer in time") from None
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
+        except (OSError, HTTPError, ValueError, RecursionError) as error:
             kind = "setup" if isinstance(error, ValueError) else "busy"
             name = type(error).__name__  # its text may hold the key
             raise ProviderError(kind, f"no connection, or cut: {name}") from None
@@ -251,9 +251,9 @@ class Provider:
             raise self.error(event, response)
         choices = event.get("choices")
         choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
-        if whole := _content(choice.get("message")) or _joined(event.get("reply")):
+        if whole := _text(choice.get("message")) or _text(event.get("reply")):
             parts.clear()
-        parts.append(whole or _content(choice.get("delta")))
+        parts.append(whole or _text(choice.get("delta")))
         return str(choice.get("finish_reason") or "")
 
 
@@ -295,17 +295,14 @@ def find_error(body: Json) -> Json:
     return body if odd else {}
 
 
-def _content(said: Any) -> str:
-    """Return the text of a message or a delta."""
-    return _joined(_dict(said).get("content")) or _joined(_dict(said).get("refusal"))
-
-
-def _joined(content: Any) -> str:
-    """Return the text of a content, which may be a list of parts."""
-    if isinstance(content, list):
-        texts = [_dict(part).get("text") or part for part in content]
-        return "".join(text for text in texts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
+def _text(said: Any) -> str:
+    """Return the text of a message, a delta, or their content, perhaps in parts."""
+    if isinstance(said, dict):
+        texts = (_text(said.get(name)) for name in ("content", "refusal", "text"))
+        return next(filter(None, texts), "")
+    if isinstance(said, list):
+        return "".join(map(_text, said))
+    return said if isinstance(said, str) else ""
 
 
 def reads(response: requests.Response, scope: CancelScope) -> Iterator[bytes]:
@@ -334,7 +331,7 @@ def events(response: requests.Response, scope: CancelScope) -> Iterator[Json]:
 
     A service may answer with a stream or with one plain JSON, whatever was asked for.
     """
-    rest = plain = b""
+    rest, plain = b"", []
     for piece in reads(response, scope):
         *lines, rest = (rest + piece).split(b"\n")  # in bytes: a read may end anywhere
         for line in lines:
@@ -342,10 +339,10 @@ def events(response: requests.Response, scope: CancelScope) -> Iterator[Json]:
             if name == b"data" and data.strip():
                 yield DONE if data.strip() == b"[DONE]" else _json(data)
             elif name not in (b"", b"data", b"event", b"id", b"retry"):
-                plain += line
+                plain.append(line)
         yield {}
     if plain:
-        yield _json(plain)
+        yield _json(b"\n".join(plain))
         yield DONE
 
 
@@ -367,7 +364,7 @@ _THOUGHTS = re.compile(
 )
 # An end of a text that may go on as a tag, as the space after one, or as an emoji.
 _OPEN = re.compile(r"(?:<[/a-z:]{0,9}|</?(?:mm:)?think>\s{0,8}|[\ud800-\udbff])\Z")
-_QUOTES = " \t`'\"“‘「『《（([*"
+_QUOTES = " \t`'\"“‘「『《（([*"  # before a tag that is quoted
 
 
 def without_thinking(text: str, final: bool = True) -> str:
@@ -445,9 +442,10 @@ def zhipu_token(key: str) -> str:
     )
 
 
+# How a service is told not to think before it answers.
 OFF: Json = {"thinking": {"type": "disabled"}}
-NO_EFFORT: Json = {"reasoning_effort": "none"}
-NOT_ENABLED: Json = {"enable_thinking": False}
+QWEN_OFF: Json = {"enable_thinking": False}
+OPENAI_OFF: Json = {"reasoning_effort": "none"}
 CAP = "max_completion_tokens"
 
 # Addresses and models change: AI_BASE_URL and AI_MODEL take the place of these.
@@ -467,9 +465,7 @@ PROVIDERS = {
     ),
     "deepseek": Service("https://api.deepseek.com", "deepseek-flash", OFF),
     "qwen": Service(
-        "https://dashscope.aliyuncs.com/compatible-mode/v1",
-        "qwen3.8-flash",
-        NOT_ENABLED,
+        "https://dashscope.aliyuncs.com/compatible-mode/v1", "qwen3.8-flash", QWEN_OFF
     ),
     "tokenhub": Service("https://tokenhub.tencentmaas.com/v1", "hy3", OFF),
     "moonshot": Service("https://api.moonshot.cn/v1", "kimi-k2.6", OFF),
@@ -477,10 +473,10 @@ PROVIDERS = {
         "https://ark.cn-beijing.volces.com/api/v3", "doubao-seed-2-1-lite-260915", OFF
     ),
     "siliconflow": Service(
-        "https://api.siliconflow.cn/v1", "deepseek-ai/DeepSeek-V4-Flash", NOT_ENABLED
+        "https://api.siliconflow.cn/v1", "deepseek-ai/DeepSeek-V4-Flash", QWEN_OFF
     ),
     "openai": Service(
-        "https://api.openai.com/v1", "gpt-6-luna", NO_EFFORT, cap=CAP, images=True
+        "https://api.openai.com/v1", "gpt-6-luna", OPENAI_OFF, cap=CAP, images=True
     ),
     "openrouter": Service(
         "https://openrouter.ai/api/v1",
@@ -488,6 +484,6 @@ PROVIDERS = {
         {"reasoning": {"enabled": False}},
     ),
     "openai-compatible": Service("", "", keyless=True),
-    "ollama": Service("http://localhost:11434/v1", "qwen3", NO_EFFORT, keyless=True),
+    "ollama": Service("http://localhost:11434/v1", "qwen3", OPENAI_OFF, keyless=True),
     "echo": Service("", "", keyless=True, ask=echo),
 }

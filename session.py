@@ -200,5 +200,4 @@ def has_more(raw: Any, held: socket | None) -> bool:
         return False
     finally:
         held.settimeout(timeout)
-    decrypted = getattr(held, "pending", int)()
-    return decrypted > 0 or wait_for_read(held, timeout=0)
+    return wait_for_read(held, timeout=0)
