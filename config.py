@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from providers import PROVIDERS, Provider
-from session import open_session
+from session import Session
 from store import Store, StoreError
 from tim import ROBOT, Client
 
@@ -257,7 +257,7 @@ class Config:
         if name == self.ai_provider:
             key, url, extra = self.ai_secret_key, self.ai_base_url, self.ai_extra_body
             model = model or self.ai_model
-        session = open_session(url or service.url, self.worker_threads)
+        session = Session(url or service.url, self.worker_threads)
         return Provider(service, key, url, model, extra, session)
 
     def im_client(self) -> Client:

