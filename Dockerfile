@@ -1,0 +1,9 @@
+FROM python:3.13-slim
+RUN useradd --system botserver && install -d -o botserver -m 700 /data
+WORKDIR /app
+COPY requirements.txt .
+RUN pip install --no-cache-dir -r requirements.txt
+COPY . .
+USER botserver
+ENV PORT=8000 DATABASE_URL=sqlite:////data/botserver.db
+CMD ["gunicorn", "--no-control-socket", "--worker-class", "gthread", "--threads", "8", "--graceful-timeout", "25", "botserver:create_app()"]
