@@ -1,96 +1,218 @@
-"""The READMEs: their settings are complete and their code works."""
+"""The READMEs and docs/: settings are complete, code works and is the same in both."""
 
 from __future__ import annotations
 
-import random
+import json
 import re
-import sys
-from dataclasses import fields, replace
-from types import SimpleNamespace
+import shutil
+from dataclasses import fields
 
 import pytest
 
-import botserver
-import providers
-import store
-from botserver import Config
-from conftest import HERE, Caller, poll
-from replies import PlainReply
+import cli
+from config import Config
+from conftest import HERE, poll
+from providers import PROVIDERS
+from simulator import BotProcess
 
 READMES = [HERE / "README.md", HERE / "README.zh-CN.md"]
+SETTINGS = [HERE / "docs/settings.md", HERE / "docs/settings.zh-CN.md"]
+OPERATIONS = [HERE / "docs/operations.md", HERE / "docs/operations.zh-CN.md"]
+PAGES = [*READMES, *SETTINGS, *OPERATIONS]
+OPTIONS = "--worker-class gthread --threads 8 --graceful-timeout 25"
+OPTIONAL = ["growing.py", "postgres.py", "cli.py"]  # and simulator/, benchmark/
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
-def test_every_setting_is_in_the_readme_and_no_other(readme):
-    settings = {item.name.upper() for item in fields(Config)}
-    settings = settings - {"AI_SECRET_KEYS"} | {"AI_SECRET_KEY_"}
-    rows = re.findall(r"^\| (`[A-Z].*?) \|", readme.read_text("utf-8"), re.MULTILINE)
-    named = {name for row in rows for name in re.findall(r"`([A-Z_]+)…?`", row)}
-    assert named - {"REPLY_MODE"} == settings - {"REPLY_MODE"}
+def name(page):
+    return page.name
+
+
+def blocks(page, language):
+    """Return the code blocks of a page in a language."""
+    pattern = rf"^ *```{language}\n(.*?)^ *```$"
+    return re.findall(pattern, page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def settings(page):
+    """Return the names of settings in the first column of a page's tables."""
+    rows = re.findall(r"^\| (`[A-Z].*?) \|", page.read_text("utf-8"), re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([A-Z_]+)…?`", row)}
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of what is deployed."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in [*HERE.glob("*.py"), HERE / "Procfile"]:
+        if file.name != "test_botserver.py":
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def start(sim, copy, tmp_path):
+    """Return a function that starts the bot of the copy."""
+    bots = []
+
+    def start(**settings):
+        bot = BotProcess(sim, str(tmp_path), **settings)
+        bot.folder = copy
+        bots.append(bot)
+        return bot.start()
+
+    yield start
+    for bot in bots:
+        if bot.alive():
+            bot.stop()
+
+
+@pytest.mark.parametrize("page", SETTINGS, ids=name)
+def test_every_setting_is_documented_and_no_other(page):
+    known = {item.name.upper() for item in fields(Config)}
+    assert settings(page) == known - {"AI_SECRET_KEYS"} | {"AI_SECRET_KEY_"}
     defaults = {
         item.name.upper(): str(item.default)
         for item in fields(Config)
         if isinstance(item.default, int | float | str) and str(item.default)
     }
-    for row in readme.read_text("utf-8").splitlines():
+    for row in page.read_text("utf-8").splitlines():
         if match := re.match(r"\| `([A-Z_]+)` \| `?([^`|]+?)`? \|", row):
-            name, default = match.groups()
-            if name in defaults and re.fullmatch(r"[a-z0-9.:/_]+", default):
-                assert float_or_text(default) == float_or_text(defaults[name]), name
+            setting, default = match.groups()
+            if setting in defaults and re.fullmatch(r"[a-z0-9.:/_]+", default):
+                assert as_value(default) == as_value(defaults[setting]), setting
 
 
-def float_or_text(text):
+def as_value(text):
     try:
         return float({"False": "0"}.get(text, text))
     except ValueError:
         return text
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
-def test_the_examples_of_the_readme_work(readme, sim, make_app, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", readme.read_text("utf-8"), re.DOTALL)
-    names = {
-        "random": random,
-        "replace": replace,
-        "PROVIDERS": dict(providers.PROVIDERS),
-    }
-    names |= {"REPLIES": botserver.REPLIES, "PlainReply": PlainReply}
-    names |= {"Service": providers.Service, "openai_chat": providers.openai_chat}
-    names |= {"SQLiteStore": store.SQLiteStore}
-    monkeypatch.setitem(botserver.REPLIES, "signed", "")
-    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace())
-    for block in blocks:
-        exec(block, names)
-    sys.modules["mine"].Signed = names["Signed"]
-    mine = providers.Provider(names["PROVIDERS"]["mine"])
-    assert mine.body()["temperature"] == 0.5
-    dice = providers.Provider(
-        names["PROVIDERS"]["dice"], sim.ai_key, url=f"{sim.url}/v1"
-    )
-    for text, answer in [("/dice", r"🎲 [1-6]"), ("hello", r"You said: hello .*")]:
-        chat = dice.chat([{"role": "user", "content": text}], providers.Call(5))
-        assert re.fullmatch(answer, providers.joined(chat))
-    monkeypatch.chdir(tmp_path)
-    app = make_app(reply_mode="signed")
-    app.extensions["bot"].store = names["AuditedStore"](str(tmp_path / "audited.db"))
-    Caller(sim, app.test_client()).say("hello")
-    assert sim.wait(1)[0].text.endswith("\n\n— written by an AI")
-    poll(lambda: (tmp_path / "answered.txt").exists())
-    toml = re.search(r"```toml\n(.*?)```", readme.read_text("utf-8"), re.DOTALL)[1]
+@pytest.mark.parametrize("page", SETTINGS, ids=name)
+def test_every_service_is_documented(page):
+    [row] = re.findall(r"^\| `AI_PROVIDER` .*", page.read_text("utf-8"), re.MULTILINE)
+    assert set(re.findall(r"`([a-z-]+)`", row)) == set(PROVIDERS)
+
+
+@pytest.mark.parametrize("page", SETTINGS, ids=name)
+def test_the_example_of_a_robots_toml_works(page, tmp_path):
+    [toml] = blocks(page, "toml")
     tmp_path.joinpath("robots.toml").write_text(toml)
-    config = Config.from_env(
-        {"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1", "AI_SECRET_KEY": "k"}
+    env = {"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"}
+    env |= {"AI_SECRET_KEY": "k", "ROBOTS": str(tmp_path / "robots.toml")}
+    assert Config.from_env(env).robots["@RBT#002"].provider == "ollama"
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name)
+def test_a_readme_is_short_and_its_settings_are_there(readme):
+    assert len(readme.read_text("utf-8").splitlines()) < 200
+    assert settings(readme) <= settings(SETTINGS[0])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_within_the_project_lead_somewhere(page):
+    text = page.read_text("utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert links and not [link for link in links if not (page.parent / link).exists()]
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", text).lower() for text in headings}
+    wanted = re.findall(r"\]\(#([^)]+)", text)
+    assert {*wanted} <= {anchor.replace(" ", "-") for anchor in anchors}
+
+
+@pytest.mark.parametrize("page", OPERATIONS, ids=name)
+def test_every_command_is_documented(page):
+    named = re.findall(r"`([a-z-]+)[^`]*`", page.read_text("utf-8"))
+    assert {command.name for command in cli.COMMANDS} <= {*named}
+
+
+@pytest.mark.parametrize("page", OPERATIONS, ids=name)
+def test_systemd_and_a_shell_read_the_same_from_the_example_of_settings(page):
+    [lines] = [text for text in blocks(page, "sh") if text.startswith("IM_SDKAPPID")]
+    env = {}
+    for line in lines.replace("…", "x").splitlines():
+        found = re.fullmatch(r"([A-Z_]+)=(?:([\w.,:/@-]+)|'([^'\\]+)')", line, re.ASCII)
+        env[found[1]] = found[2] or found[3]
+    config = Config.from_env(env)
+    assert config.ai_extra_body == {"temperature": 0.5}
+    assert config.ai_system_prompt == 'You are a pirate. Say "Ahoy" first.'
+
+
+def test_both_languages_hold_the_same_code():
+    for english, chinese in (READMES, SETTINGS, OPERATIONS):
+        for language in ("python", "sh", "ini", "nginx", "toml"):
+            pairs = [map(uncommented, blocks(p, language)) for p in (english, chinese)]
+            assert [*pairs[0]] == [*pairs[1]]
+
+
+def uncommented(code):
+    return re.sub(r"(^|\s+)# .*", r"\1", code, flags=re.MULTILINE).replace(
+        "your.domain", "你的域名"
     )
-    assert config.robots["@RBT#002"].provider == "ollama"
 
 
-def test_both_readmes_hold_the_same_code():
-    blocks = [
-        re.findall(r"```.*?```", readme.read_text("utf-8"), re.DOTALL)
-        for readme in READMES
-    ]
-    assert blocks[0] == blocks[1]
-    procfile = HERE.joinpath("Procfile").read_text()
-    options = "--worker-class gthread --threads 8 --graceful-timeout 25"
-    for text in [procfile, *blocks[0][3:4], *blocks[0][7:8]]:
-        assert options in text
+def test_gunicorn_is_started_everywhere_as_in_the_procfile():
+    texts = [HERE.joinpath("Procfile").read_text()]
+    texts += [page.read_text("utf-8") for page in (*READMES, *OPERATIONS)]
+    lines = re.findall(r"^.*gunicorn --.*$", "\n".join(texts), re.MULTILINE)
+    [command] = re.findall(r"^CMD (.*)", HERE.joinpath("Dockerfile").read_text(), re.M)
+    lines.append(" ".join(json.loads(command)))
+    assert len(lines) == 6
+    assert [line for line in lines if OPTIONS not in line] == []
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name)
+def test_the_examples_of_the_readme_work(readme, sim, copy, start):
+    for block in blocks(readme, "python"):
+        make_changes(copy, block)
+    bot = start(AI_PROVIDER="mine", REPLY_MODE="signed")
+    sim.say("jared", "@RBT#001", "hello")
+    [answer] = sim.wait(1)
+    assert answer.text.startswith("You said: hello")
+    assert answer.text.endswith("\n\n— written by an AI")
+    asked = sim.ai_requests[-1]
+    assert (asked["model"], asked["temperature"]) == ("my-model", 0.5)
+    sim.say("jared", "@RBT#001", "/dice")
+    sim.say_in_group("lin", "@TGS#demo", "/dice", ["@RBT#001"])
+    sim.say_in_group("lin", "@TGS#demo", "骰子", ["@RBT#001"])
+    dice = sorted(message.text for message in sim.wait(4)[1:])
+    for text, mention in zip(dice, ["@lin ", "@lin ", ""], strict=True):
+        assert re.match(rf"{mention}🎲 [1-6]\n", text)
+    assert len(sim.ai_requests) == 1
+    poll(lambda: bot.log.read_text().count("\nanswered @RBT#001") == 4)
+
+
+def make_changes(folder, block):
+    """Do to the files of a folder what the comments of an example say."""
+    for comment, code in re.findall(r"^# (.*)\n((?:(?!# ).*\n)+)", block, re.MULTILINE):
+        path = folder / re.search(r"\w+\.py", comment)[0]
+        text = path.read_text("utf-8") if path.exists() else ""
+        registry = re.search(r"\b[A-Z]{3,}\b", comment, re.ASCII)
+        head = registry and re.search(rf"^{registry[0]} = .*\n", text, re.MULTILINE)
+        if not registry:
+            text += code
+        elif not code.startswith('"'):
+            text = text[: head.start()] + code + text[head.start() :]
+        elif old := re.search(rf"^ +{code.split(':')[0]}: .*\n", text, re.MULTILINE):
+            text = text.replace(old[0], code)
+        else:
+            text = text[: head.end()] + code + text[head.end() :]
+        path.write_text(text, "utf-8")
+
+
+def test_the_options_can_be_deleted_with_their_lines_in_config(sim, copy, start):
+    config = copy / "config.py"
+    for option in OPTIONAL:
+        copy.joinpath(option).unlink()
+        line = rf'^ .*"{option.removesuffix(".py")}:\w+",\n'
+        config.write_text(re.sub(line, "", config.read_text(), flags=re.MULTILINE))
+    for readme in READMES:
+        text = readme.read_text("utf-8")
+        optional = re.findall(r"^\| (`.*`) \| \*", text, re.MULTILINE)
+        named = re.findall(r"`(\w+\.py)`", " ".join(optional))
+        assert sorted(named) == sorted(OPTIONAL)
+    start()
+    sim.say("jared", "@RBT#001", "hello")
+    assert sim.wait(1)[0].text.startswith("You said: hello")
