@@ -66,9 +66,10 @@ class Workers:
         self.threads, self.retention = threads, retention  # a number, seconds
         self.backlog = 0  # messages that wait in the store, as last seen
         self.draining = False  # claim no more
-        self._wake_ups: SimpleQueue[None] = SimpleQueue()  # one for each thread wanted
-        self._lock = threading.Lock()  # guards _started and _in_flight
-        self._started = 0
+        self._wake_ups: SimpleQueue[None] = SimpleQueue()  # idle threads wait for it
+        self._lock = threading.Lock()  # guards what follows, up to _ended
+        self._started = self._idle = 0  # threads
+        self._missed = False  # a wake that found no idle thread
         self._in_flight: dict[int, InFlight] = {}  # by seq
         self._ended = threading.Condition(self._lock)  # a message is not in flight now
         self._store_down = False
@@ -83,12 +84,16 @@ class Workers:
 
     def wake(self, count: int = 1) -> None:
         """Let threads look for work that was added."""
-        for _ in range(min(count, self.threads - self._wake_ups.qsize())):
-            self._wake_ups.put(None)
-            with self._lock, suppress(RuntimeError):  # the system has no more threads
-                if self._started < self.threads and not self.draining:
+        with self._lock:
+            for _ in range(min(count, self.threads)):
+                if self._idle:
+                    self._idle -= 1
+                    self._wake_ups.put(None)
+                elif self._started < self.threads and not self.draining:
                     self.in_background(self._run)
                     self._started += 1
+                else:
+                    self._missed = True
 
     def cancel(self, conversation: str) -> None:
         """End the work on a conversation soon, in whichever process it is."""
@@ -113,9 +118,13 @@ class Workers:
     def _run(self) -> None:
         """Be a thread of the pool."""
         while not self.draining:
-            self._wake_ups.get()
             while claim := self._claim():
                 self._work(claim)
+            with self._lock:
+                again, self._missed = self._missed, False
+                self._idle += not again
+            if not again:
+                self._wake_ups.get()
 
     def _claim(self) -> Claim | None:
         if self.draining or self._store_down or not self._may_claim():
