@@ -154,10 +154,10 @@ def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Mess
         robots = _robots(event.get("AtRobots_Account", []), "AtRobots_Account")
         names = [nicks[robot] for robot in robots if nicks.get(robot)]
         text = cut_mentions(text, [*robots, *names])
-    if kind == "question" and not text and not images:
-        return []
     unique = [_number(event, name) for name in ("MsgSeq", random_field, "MsgTime")]
     rest = "\t".join((user, group, topic, *unique))
+    if kind == "question" and not text and not images:
+        return []
     return [
         Message(f"{robot}\t{rest}", robot, user, text, group, topic, images, kind)
         for robot in robots
