@@ -241,13 +241,21 @@ class Bot:
         if message.kind == "unsupported":
             return self.texts["unsupported"]
         if found := commands.find(message):
-            command, argument = found
-            shared = bool(message.group) and self.shared_memory
-            language, chat = self.config.bot_language, job.work.claim.conversation
-            where = commands.Chat(message, chat, self.store, language, shared)
-            return command.run(where, argument)
+            return self._run_command(job, *found)
         readable = message.text or self.provider(message.robot).service.images
         return "" if readable else self.texts["no_vision"]
+
+    def _run_command(self, job: Job, command: commands.Command, argument: str) -> str:
+        message, chat = job.message, job.work.claim.conversation
+        shared = bool(message.group) and self.shared_memory
+        where = (message, chat, self.store, self.config.bot_language, shared)
+        try:
+            return command.run(commands.Chat(*where), argument)
+        except StoreError:
+            raise
+        except Exception:
+            logger.exception("%s: the command failed", job.work.claim.id)
+            return self.texts["command_failed"]
 
     def ask(self, job: Job) -> Said:
         """Return the AI's answer, shown while it grows, or why there is none."""

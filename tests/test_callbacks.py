@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import commands
 import tim
 from commands import TEXTS
 from conftest import STORY, Caller, idle, poll
@@ -168,3 +169,17 @@ def test_nothing_that_is_called_makes_an_error_or_costs_a_thread(sim, make_app, 
         assert im.say("hello", user=f"afterwards{number}").status_code == 200
     poll(lambda: sum(m.chat.startswith("afterw") for m in sim.delivered) == many, 10)
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_command_that_fails_is_told_at_once(sim, make_app, monkeypatch, caplog):
+    def divide(chat, argument):
+        return str(1 // int(argument))
+
+    divided = commands.Command(divide, "除", zh="除", en="divide", takes="n")
+    monkeypatch.setitem(commands.COMMANDS, "/divide", divided)
+    im = Caller(sim, make_app().test_client())
+    im.say("/divide 1")
+    im.say("/divide 0")
+    texts = [m.text for m in sim.wait(2)]
+    assert texts == ["1", TEXTS["zh"]["command_failed"]]
+    assert "Traceback" in caplog.text
