@@ -391,7 +391,7 @@ def create_app(config: Config | None = None) -> Flask:
     leave_on_sigterm(bot)
     atexit.register(bot.close)
     os.register_at_fork(after_in_child=refuse_preload)
-    sys.setswitchinterval(0.0005)  # seconds; 0.005 for each thread delays callbacks
+    sys.setswitchinterval(0.002)  # seconds; with 0.005 callbacks wait for threads
     bot.workers.start()
     line = "version %s, store %s, AI service %s, replies %s"
     scheme = config.database_url.partition(":")[0]
