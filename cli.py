@@ -21,7 +21,7 @@ import click
 import requests
 
 from botserver import or_exit
-from config import DEFAULT_PERSONA, Config, ConfigError
+from config import Config, ConfigError, Persona
 from providers import Provider, ProviderError
 from session import CancelScope
 from store import Store, StoreError
@@ -62,7 +62,7 @@ def ask(text: str) -> None:
         {"role": "user", "content": text},
     ]
     with cli_errors():
-        click.echo(answer_of(config.provider(DEFAULT_PERSONA), chat, config))
+        click.echo(answer_of(config.provider(Persona()), chat, config))
 
 
 def answer_of(provider: Provider, chat: list[dict[str, str]], config: Config) -> str:
@@ -194,7 +194,7 @@ def check_clock(config: Config) -> str:
 def check_ai(config: Config) -> str:
     """Say how fast each AI service answers."""
     seen = []
-    for persona in {DEFAULT_PERSONA, *config.robots.values()}:
+    for persona in {Persona(), *config.robots.values()}:
         provider, began = config.provider(persona), time.monotonic()
         answer_of(provider, [{"role": "user", "content": "Say OK."}], config)
         name = persona.provider or config.ai_provider
