@@ -12,6 +12,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -33,7 +34,6 @@ STORES = {  # the scheme of DATABASE_URL -> where messages wait
     "postgres": "postgres:PostgresStore",
     "postgresql": "postgres:PostgresStore",
 }
-REQUIRED = ("im_sdkappid", "im_key")
 COMMAND_LINE = [  # what `flask --app botserver` can do besides `run`
     "cli:COMMANDS",
 ]
@@ -200,15 +200,18 @@ class Config:
         texts = {f.name: env.get(f.name.upper(), "").strip() for f in fields(cls)}
         if not texts["robots"] and Path("robots.toml").exists():
             texts["robots"] = "robots.toml"
+        if texts["ai_base_url"] and not texts["ai_provider"]:
+            texts["ai_provider"] = "openai-compatible"
         values, faults = read(cls, texts)
-        faults |= {name: "is missing" for name in REQUIRED if not texts[name]}
+        faults |= {n: "is missing" for n in ("im_sdkappid", "im_key") if not texts[n]}
         keys = {name: env.get(key_name(name), "").strip() for name in PROVIDERS}
         config = cls(**values | {"ai_secret_keys": keys})
         wrong = [f"{name.upper()} {why}." for name, why in faults.items()]
         for name in filter(env.get, REMOVED):
             wrong.append(f"{name} is not read any more: write {REMOVED[name]}.")
         if wrong := wrong + config._disagreements():
-            raise ConfigError("\n".join(["The settings are not complete:", *wrong]))
+            lines = "The settings are not complete:", *wrong, *misspelt(env)
+            raise ConfigError("\n".join(lines))
         return config
 
     def _disagreements(self) -> list[str]:
@@ -227,6 +230,8 @@ class Config:
                 main = name == self.ai_provider
                 setting = "AI_SECRET_KEY" if main else key_name(name)
                 wrong.append(f"{setting} is missing: the AI service {name} needs one.")
+            if not (url or PROVIDERS[name].url or PROVIDERS[name].ask):
+                wrong.append(f"AI_BASE_URL is missing: {name} has no address itself.")
         return wrong
 
     def persona(self, robot: str) -> Persona:
@@ -254,10 +259,9 @@ class Config:
     def open_store(self) -> Store:
         """Return the store of DATABASE_URL. Raises ConfigError."""
         try:
-            make: Callable[[str], Store] = load(
-                STORES, self.database_url.partition(":")[0]
-            )
-            return make(self.database_url)
+            scheme = self.database_url.partition(":")[0]
+            store: Store = load(STORES, scheme)(self.database_url)
+            return store
         except StoreError as error:
             raise ConfigError(f"DATABASE_URL: {error}.") from None
 
@@ -265,3 +269,17 @@ class Config:
 def key_name(provider: str) -> str:
     """Return the setting that holds the key of a service that personas use."""
     return f"AI_SECRET_KEY_{provider.upper().replace('-', '_')}"
+
+
+def misspelt(env: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each variable that looks like a misspelt setting."""
+    ours = [f.name.upper() for f in fields(Config) if f.name != "ai_secret_keys"]
+    ours += [key_name(name) for name in PROVIDERS]
+    found = []
+    for name in sorted(env.keys() - {*ours, *REMOVED}):
+        alike = [own for own in ours if own[:2] == name[:2]]
+        # Few variables of other programs begin like these two.
+        least = 0.6 if name.startswith(("AI_", "IM_")) else 0.85
+        for near in get_close_matches(name, alike, 1, least):
+            found.append(f"{name} is not a setting: do you mean {near}?")
+    return found
