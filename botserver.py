@@ -33,7 +33,7 @@ from werkzeug.exceptions import HTTPException
 import commands
 import tim
 from commands import TEXTS
-from config import COMMAND_LINE, REPLIES, Config, ConfigError, Persona, load
+from config import COMMAND_LINE, REPLIES, Config, ConfigError, Persona, load, misspelt
 from providers import Provider, ProviderError, words
 from replies import PlainReply
 from session import CancelScope
@@ -385,6 +385,8 @@ def create_app(config: Config | None = None) -> Flask:
         return app  # a command of `flask` makes what it needs
     config = config or or_exit(Config.from_env)
     set_up_logging(config.log_level)
+    for line in misspelt(os.environ):
+        logger.warning(line)
     bot = Bot(config, or_exit(config.open_store), config.im_client())
     app.extensions["bot"] = bot
     add_routes(app, bot)

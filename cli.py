@@ -11,123 +11,109 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from email.utils import parsedate_to_datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 import requests
 
-from botserver import or_exit
-from config import DEFAULT_PERSONA, Config, ConfigError
-from providers import Provider, ProviderError
+from config import Config, ConfigError, Persona, misspelt
+from providers import ProviderError
 from session import CancelScope
-from store import Store, StoreError
+from store import StoreError
 from tim import ROBOT, IMError
 from usersig import gen_user_sig
 
 LISTED = 100  # failed messages
 LONGEST_ROBOT = 32  # bytes of a chatbot's UserID
+ROBOT_API = "openim_robot_http_svc"
 CONSOLE = """
 In the console, under Webhook: the URL https://<this server>/im, authentication with the
 token of IM_CALLBACK_TOKEN, and both robot callbacks switched on."""
+ERRORS = (ValueError, ConfigError, IMError, StoreError, ProviderError)
+COMMANDS: list[click.Command] = []
 
 
-@contextmanager
-def cli_errors() -> Iterator[None]:
-    """Turn what can go wrong in a command into one sentence and exit status 1."""
-    try:
-        yield
-    except (ValueError, IMError, StoreError, ProviderError) as error:
-        raise click.ClickException(str(error)) from None
+def command(run: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function; it gets the settings, and errors end it."""
+
+    @wraps(run)
+    def checked(**given: Any) -> None:
+        try:
+            run(Config.from_env(), **given)
+        except ERRORS as error:
+            raise click.ClickException(str(error)) from None
+
+    COMMANDS.append(click.command()(checked))
+    return run
 
 
-@contextmanager
-def opened_store() -> Iterator[Store]:
-    """Open the store for a command."""
-    config = or_exit(Config.from_env)
-    with cli_errors(), closing(or_exit(config.open_store)) as store:
-        yield store
-
-
-@click.command()
+@command
 @click.argument("text")
-def ask(text: str) -> None:
+def ask(config: Config, text: str) -> None:
     """Ask the AI service TEXT, once, and print its answer."""
-    config = or_exit(Config.from_env)
-    chat = [
-        {"role": "system", "content": config.ai_system_prompt},
-        {"role": "user", "content": text},
-    ]
-    with cli_errors():
-        click.echo(answer_of(config.provider(DEFAULT_PERSONA), chat, config))
+    click.echo(answer(config, Persona(), config.ai_system_prompt, text))
 
 
-def answer_of(provider: Provider, chat: list[dict[str, str]], config: Config) -> str:
-    """Return the whole answer to a chat. Raises ProviderError."""
-    *_, answer = provider.chat(chat, CancelScope(config.ai_timeout))
-    return answer
+def answer(config: Config, persona: Persona, prompt: str, text: str) -> str:
+    """Return a persona's whole answer to a question. Raises ProviderError."""
+    chat = [{"role": "system", "content": prompt}, {"role": "user", "content": text}]
+    *_, said = config.provider(persona).chat(chat, CancelScope(config.ai_timeout))
+    return said
 
 
-@click.command()
+@command
 @click.argument("userid")
 @click.option("--nick", default="", help="The name that users see.")
-def create_robot(userid: str, nick: str) -> None:
+def create_robot(config: Config, userid: str, nick: str) -> None:
     """Create the chatbot account USERID, such as @RBT#001."""
     if not userid.startswith(ROBOT) or len(userid.encode()) > LONGEST_ROBOT:
-        raise click.ClickException(
+        raise ValueError(
             f"{userid!r} cannot be a robot: its UserID must start with {ROBOT} "
             f"and have at most {LONGEST_ROBOT} bytes"
         )
     body = {"UserID": userid} | ({"Nick": nick} if nick else {})
-    with cli_errors():
-        call_robots(or_exit(Config.from_env), "create_robot", body)
+    config.im_client().call(f"{ROBOT_API}/create_robot", body)
     click.echo(f"{userid} is there: write to it.")
 
 
-@click.command()
+@command
 @click.argument("userid")
-def delete_robot(userid: str) -> None:
+def delete_robot(config: Config, userid: str) -> None:
     """Delete the chatbot account USERID; its name cannot be used again."""
-    with cli_errors():
-        body = {"Robot_Account": userid}
-        call_robots(or_exit(Config.from_env), "delete_robot", body)
+    body = {"Robot_Account": userid}
+    config.im_client().call(f"{ROBOT_API}/delete_robot", body)
     click.echo(f"{userid} is deleted.")
 
 
-@click.command()
-def robots() -> None:
+@command
+def robots(config: Config) -> None:
     """List the app's chatbot accounts."""
-    with cli_errors():
-        click.echo("\n".join(list_robots(or_exit(Config.from_env))))
+    click.echo("\n".join(list_robots(config)))
 
 
 def list_robots(config: Config) -> list[str]:
     """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
-    answer = call_robots(config, "get_all_robots", {})
-    return [str(userid) for userid in answer.get("Robot_Account") or []]
+    listed = config.im_client().call(f"{ROBOT_API}/get_all_robots", {})
+    return [str(userid) for userid in listed.get("Robot_Account") or []]
 
 
-def call_robots(config: Config, verb: str, body: dict[str, str]) -> dict[str, Any]:
-    """Make a REST call about chatbot accounts. Raises IMError."""
-    return config.im_client().call(f"openim_robot_http_svc/{verb}", body)
-
-
-@click.command()
+@command
 @click.argument("userid")
 @click.option("--expire", default=86400, help="Seconds it is valid.")
-def usersig(userid: str, expire: int) -> None:
+def usersig(config: Config, userid: str, expire: int) -> None:
     """Print a UserSig with which USERID can log in to a chat client."""
-    config = or_exit(Config.from_env)
     click.echo(gen_user_sig(config.im_sdkappid, config.im_key, userid, expire))
 
 
-@click.command()
-def failed() -> None:
+@command
+def failed(config: Config) -> None:
     """List the messages that were given up, and why."""
-    with opened_store() as store:
+    with closing(config.open_store()) as store:
         found = store.failed()
     for number, _, reason, age in found[:LISTED]:
         click.echo(f"{number}  {age:.0f} s ago: {reason}")
@@ -135,28 +121,25 @@ def failed() -> None:
         click.echo(f"and {more} more")
 
 
-@click.command()
+@command
 @click.argument("numbers", nargs=-1, type=int)
-def retry(numbers: tuple[int, ...]) -> None:
+def retry(config: Config, numbers: tuple[int, ...]) -> None:
     """Let messages that were given up, all or those with NUMBERS, be answered."""
-    with opened_store() as store:
-        count = store.retry(numbers or None)
-    click.echo(f"{count} put back.")
+    with closing(config.open_store()) as store:
+        click.echo(f"{store.retry(numbers or None)} put back.")
 
 
-@click.command()
-def doctor() -> None:
+@command
+def doctor(config: Config) -> None:
     """Check everything that can be checked from here; change nothing."""
     healthy = True
-    config = or_exit(Config.from_env)
     for name, check in CHECKS.items():
         try:
-            good, says = True, check(config)
-        except (IMError, StoreError, ProviderError, ConfigError, ValueError) as error:
-            good, says = False, str(error)
-        healthy = healthy and good
-        click.echo(f"{'ok  ' if good else 'FAIL'} {name:9} {says}")
-    click.echo(CONSOLE)
+            line = f"ok   {name:9} {check(config)}"
+        except ERRORS as error:
+            healthy, line = False, f"FAIL {name:9} {error}"
+        click.echo(line)
+    click.echo("\n".join([*misspelt(os.environ), CONSOLE]))
     sys.exit(not healthy)
 
 
@@ -180,26 +163,24 @@ def check_robots(config: Config) -> str:
 def check_clock(config: Config) -> str:
     """Say whether this machine's clock is right."""
     try:
-        answer = requests.head(config.im_api_url, timeout=5)
-        theirs = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+        response = requests.head(config.im_api_url, timeout=5)
+        theirs = parsedate_to_datetime(response.headers["Date"]).timestamp()
     except (requests.RequestException, KeyError, ValueError) as error:
         raise ValueError(f"{config.im_api_url}: {type(error).__name__}") from None
-    if abs(off := time.time() - theirs) > 30:
-        raise ValueError(
-            f"this server's clock is {off:+.0f} s off: callbacks will fail"
-        )
+    off = time.time() - theirs
+    if abs(off) > 30:
+        raise ValueError(f"this server's clock is {off:+.0f} s off: callbacks fail")
     return "agrees with Tencent's"
 
 
 def check_ai(config: Config) -> str:
     """Say how fast each AI service answers."""
     seen = []
-    for persona in {DEFAULT_PERSONA, *config.robots.values()}:
-        provider, began = config.provider(persona), time.monotonic()
-        answer_of(provider, [{"role": "user", "content": "Say OK."}], config)
+    for persona in {Persona(), *config.robots.values()}:
+        began, provider = time.monotonic(), config.provider(persona)
+        answer(config, persona, "", "Say OK.")
         name = persona.provider or config.ai_provider
-        model = provider.model or provider.service.model
-        seen.append(f"{name} {model} in {time.monotonic() - began:.1f} s")
+        seen.append(f"{name} {provider.model} in {time.monotonic() - began:.1f} s")
     return f"answers: {', '.join(seen)}"
 
 
@@ -211,11 +192,8 @@ def check_store(config: Config) -> str:
             raise ValueError(f"{path} cannot be made there")
         return f"{path} is not there yet: the server will make it"
     with closing(config.open_store()) as store:
-        state = store.stats()
-        return (
-            f"{store.durability()}; {state['waiting']} waiting, "
-            f"{state['failed']} failed"
-        )
+        state, promise = store.stats(), store.durability()
+    return f"{promise}; {state['waiting']} waiting, {state['failed']} failed"
 
 
 CHECKS = {
@@ -225,4 +203,3 @@ CHECKS = {
     "AI": check_ai,
     "store": check_store,
 }
-COMMANDS = (ask, create_robot, delete_robot, robots, usersig, failed, retry, doctor)

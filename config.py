@@ -11,10 +11,11 @@ import json
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from providers import PROVIDERS, Provider
@@ -55,88 +56,51 @@ def load(registry: Mapping[str, str], name: str) -> Any:
         raise ConfigError(why) from None
 
 
-def word(text: Any) -> str:
-    """Read a text as it is."""
-    if not isinstance(text, str):
-        raise ValueError("must be a text in quotes")
-    return text
+class Kind(NamedTuple):
+    """What the text of a setting must be, and what reads it, or raises an error."""
+
+    must_be: str
+    read: Callable[[str], Any]
 
 
-def number(kind: type, low: float, high: float = 2**53) -> Callable[[str], Any]:
-    """Return a reader of numbers from `low` to `high`."""
+def number(kind: type, low: float, high: float = 2**53) -> Kind:
+    """Return the kind of numbers from `low` to `high`."""
 
     def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            most = f" and at most {high}" if high < 2**53 else ""
-            raise ValueError(f"must be a number of at least {low}{most}")
-        return value
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
 
-    return read
+    most = f" and at most {high}" if high < 2**53 else ""
+    return Kind(f"a number of at least {low}{most}", read)
 
 
-def one_of(*choices: str) -> Callable[[str], str]:
-    """Return a reader of one of some words."""
-
-    def read(text: Any) -> str:
-        if word(text) not in choices:
-            raise ValueError(f"must be one of: {', '.join(choices)}")
-        return str(text)
-
-    return read
-
-
-def flag(text: str) -> bool:
-    """Read a switch."""
-    if text.lower() not in ("0", "1", "true", "false", "yes", "no"):
-        raise ValueError("must be 0 or 1")
-    return text.lower() in ("1", "true", "yes")
+def one_of(*choices: str) -> Kind:
+    """Return the kind of one word out of some."""
+    return Kind(f"one of: {', '.join(choices)}", {c: c for c in choices}.__getitem__)
 
 
 def address(text: str) -> str:
-    """Read an HTTP address."""
-    try:
-        url = urlsplit(text)
-    except ValueError:
-        url = urlsplit("")
+    """Return an HTTP address as it is. Raises ValueError."""
+    url = urlsplit(text)
     if url.scheme not in ("https", "http") or not url.hostname:
-        raise ValueError("must be an address with https:// or http://")
+        raise ValueError
     return text
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """Read words with commas between them."""
+    """Return words that have commas between them."""
     return tuple(filter(None, map(str.strip, text.split(","))))
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """Read a JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError("must be a JSON object")
-    return value
-
-
-def database(text: str) -> str:
-    """Read the address of a database."""
-    one_of(*STORES)(text.partition(":")[0])
-    return text
-
-
 def robots_file(path: str) -> dict[str, Persona]:
-    """Read the personas of robots.toml."""
+    """Return the personas of robots.toml. Raises ConfigError."""
     try:
         tables = tomllib.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"names {path}, which is not there") from None
+        raise ConfigError(f"names {path}, which is not there") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"names {path}, which cannot be read: {error}") from None
+        raise ConfigError(f"names {path}, which cannot be read: {error}") from None
     personas, wrong = {}, []
     for robot, table in tables.items():
         if not robot.startswith(ROBOT) or not isinstance(table, dict):
@@ -144,22 +108,44 @@ def robots_file(path: str) -> dict[str, Persona]:
             continue
         unknown = table.keys() - {item.name for item in fields(Persona)}
         wrong += [f"{robot} has an unknown key {name}" for name in sorted(unknown)]
-        values, faults = _read_all(Persona, table)
-        wrong += [f"{robot}: {name} {why}" for name, why in faults]
+        values, faults = read(Persona, table)
+        wrong += [f"{robot}: {name} {why}" for name, why in faults.items()]
         personas[robot] = Persona(**values)
     if wrong:
-        raise ValueError(f"names {path}, where {'; '.join(wrong)}")
+        raise ConfigError(f"names {path}, where {'; '.join(wrong)}")
     return personas
 
 
-def setting(
-    default: Any = MISSING, read: Callable[[Any], Any] = word, secret: bool = False
-) -> Any:
-    """Return a field: its default, how its text is read, whether it may be shown."""
-    factory = (
-        {"default_factory": default} if callable(default) else {"default": default}
-    )
-    return field(**factory, repr=not secret, metadata={"read": read})
+def read(cls: Any, texts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of a dataclass's settings, and what is wrong with which."""
+    values, faults = {}, {}
+    for item in fields(cls):
+        text, kind = texts.get(item.name, ""), item.metadata["kind"]
+        try:
+            if not isinstance(text, str):
+                faults[item.name] = "must be a text in quotes"
+            elif text:
+                values[item.name] = kind.read(text)
+        except ConfigError as error:
+            faults[item.name] = str(error)
+        except (ValueError, KeyError, TypeError):
+            faults[item.name] = f"must be {kind.must_be}"
+    return values, faults
+
+
+SWITCH = {"0": False, "no": False, "false": False, "1": True, "yes": True, "true": True}
+TEXT = Kind("a text", str)
+FLAG = Kind("0 or 1", lambda text: SWITCH[text.lower()])
+ADDRESS = Kind("an address with https:// or http://", address)
+JSON = Kind("a JSON object", lambda text: {**json.loads(text)})
+LIST = Kind("words with commas between them", listed)
+PERSONAS = Kind("a file of personas", robots_file)
+
+
+def setting(default: Any, kind: Kind = TEXT, secret: bool = False) -> Any:
+    """Return a field of some kind; a secret one is not shown."""
+    name = "default_factory" if callable(default) else "default"
+    return field(**{name: default}, repr=not secret, metadata={"kind": kind})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,41 +159,38 @@ class Persona:
     reply_mode: str = setting("", one_of(*REPLIES))
 
 
-DEFAULT_PERSONA = Persona()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Every setting; its name in the environment is the name here in capitals."""
 
-    im_sdkappid: int = setting(read=number(int, 1))
-    im_key: str = setting(secret=True)
-    im_callback_token: tuple[str, ...] = setting((), listed, secret=True)
-    allow_unsigned: bool = setting(False, flag)
+    im_sdkappid: int = setting(0, number(int, 1))
+    im_key: str = setting("", secret=True)
+    im_callback_token: tuple[str, ...] = setting((), LIST, secret=True)
+    allow_unsigned: bool = setting(False, FLAG)
     im_admin: str = setting("administrator")
-    im_api_url: str = setting("https://console.tim.qq.com", address)
+    im_api_url: str = setting("https://console.tim.qq.com", ADDRESS)
     ai_provider: str = setting("minimax", one_of(*PROVIDERS))
     ai_secret_key: str = setting("", secret=True)
     ai_secret_keys: dict[str, str] = setting(dict, secret=True)
-    ai_base_url: str = setting("", address)
+    ai_base_url: str = setting("", ADDRESS)
     ai_model: str = setting("")
-    ai_extra_body: dict[str, Any] = setting(dict, json_object)
+    ai_extra_body: dict[str, Any] = setting(dict, JSON)
     ai_system_prompt: str = setting(
         "You are a helpful assistant in a chat app. Be brief."
     )
     ai_timeout: float = setting(60.0, number(float, 1))  # seconds, a whole answer
     reply_mode: str = setting("whole", one_of(*REPLIES))
     worker_threads: int = setting(64, number(int, 1))  # answers at once, per process
-    database_url: str = setting("sqlite:///botserver.db", database, secret=True)
+    database_url: str = setting("sqlite:///botserver.db", secret=True)
     retention_days: float = setting(7.0, number(float, 1))
     history_turns: int = setting(20, number(int, 0, 50))
     group_memory: str = setting("group", one_of("group", "member"))
     rate_limit: int = setting(20, number(int, 0))  # messages a minute; 0: no limit
     max_waiting: int = setting(20, number(int, 1))  # messages of one conversation
     max_backlog: int = setting(10_000, number(int, 1))  # messages in all
-    allow_users: tuple[str, ...] = setting((), listed)
-    allow_groups: tuple[str, ...] = setting((), listed)
-    robots: dict[str, Persona] = setting(dict, robots_file)
+    allow_users: tuple[str, ...] = setting((), LIST)
+    allow_groups: tuple[str, ...] = setting((), LIST)
+    robots: dict[str, Persona] = setting(dict, PERSONAS)
     bot_language: str = setting("zh", one_of("zh", "en"))
     log_level: str = setting("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"))
 
@@ -217,16 +200,19 @@ class Config:
         texts = {f.name: env.get(f.name.upper(), "").strip() for f in fields(cls)}
         if not texts["robots"] and Path("robots.toml").exists():
             texts["robots"] = "robots.toml"
-        values, faults = _read_all(cls, texts)
+        if texts["ai_base_url"] and not texts["ai_provider"]:
+            texts["ai_provider"] = "openai-compatible"
+        values, faults = read(cls, texts)
+        faults |= {n: "is missing" for n in ("im_sdkappid", "im_key") if not texts[n]}
         keys = {name: env.get(key_name(name), "").strip() for name in PROVIDERS}
-        values["ai_secret_keys"] = {name: key for name, key in keys.items() if key}
-        wrong = [f"{name.upper()} {why}." for name, why in faults]
+        config = cls(**values | {"ai_secret_keys": keys})
+        wrong = [f"{name.upper()} {why}." for name, why in faults.items()]
         for name in filter(env.get, REMOVED):
             wrong.append(f"{name} is not read any more: write {REMOVED[name]}.")
-        wrong += cls(**{"im_sdkappid": 0, "im_key": "", **values})._disagreements()
-        if wrong:
-            raise ConfigError("\n".join(["The settings are not complete:", *wrong]))
-        return cls(**values)
+        if wrong := wrong + config._disagreements():
+            lines = "The settings are not complete:", *wrong, *misspelt(env)
+            raise ConfigError("\n".join(lines))
+        return config
 
     def _disagreements(self) -> list[str]:
         wrong = []
@@ -235,30 +221,35 @@ class Config:
                 "IM_CALLBACK_TOKEN is missing: without it anybody can spend your AI "
                 "budget. Set ALLOW_UNSIGNED=1 if that is what you want."
             )
-        if not self.ai_secret_key and not PROVIDERS[self.ai_provider].keyless:
-            name = self.ai_provider
-            wrong.append(f"AI_SECRET_KEY is missing: the AI service {name} needs one.")
-        for robot, persona in self.robots.items():
-            name = persona.provider or self.ai_provider
-            keyed = {self.ai_provider, *self.ai_secret_keys}
-            if name not in keyed and not PROVIDERS[name].keyless:
-                wrong.append(f"{key_name(name)} is missing: {robot} uses {name}.")
+        if self.database_url.partition(":")[0] not in STORES:
+            wrong.append(f"DATABASE_URL must begin with one of: {', '.join(STORES)}.")
+        robots = self.robots.values()
+        for name in sorted({self.ai_provider, *(r.provider for r in robots)} - {""}):
+            key, url, *_ = self._given(name)
+            if not key and not PROVIDERS[name].keyless:
+                main = name == self.ai_provider
+                setting = "AI_SECRET_KEY" if main else key_name(name)
+                wrong.append(f"{setting} is missing: the AI service {name} needs one.")
+            if not (url or PROVIDERS[name].url or PROVIDERS[name].ask):
+                wrong.append(f"AI_BASE_URL is missing: {name} has no address itself.")
         return wrong
 
     def persona(self, robot: str) -> Persona:
         """Return what is set for a robot."""
-        return self.robots.get(robot, DEFAULT_PERSONA)
+        return self.robots.get(robot, Persona())
 
     def provider(self, persona: Persona) -> Provider:
         """Return the AI service of a persona, with the key that is set for it."""
         name = persona.provider or self.ai_provider
-        service, url, extra = PROVIDERS[name], "", {}
-        key, model = self.ai_secret_keys.get(name, ""), persona.model
-        if name == self.ai_provider:
-            key, url, extra = self.ai_secret_key, self.ai_base_url, self.ai_extra_body
-            model = model or self.ai_model
+        service, (key, url, model, extra) = PROVIDERS[name], self._given(name)
         session = Session(url or service.url, self.worker_threads)
-        return Provider(service, key, url, model, extra, session)
+        return Provider(service, key, url, persona.model or model, extra, session)
+
+    def _given(self, provider: str) -> tuple[str, str, str, dict[str, Any]]:
+        """Return the key, address, model and extra fields set for an AI service."""
+        if provider != self.ai_provider:
+            return self.ai_secret_keys.get(provider, ""), "", "", {}
+        return self.ai_secret_key, self.ai_base_url, self.ai_model, self.ai_extra_body
 
     def im_client(self) -> Client:
         """Return Tencent IM's REST API."""
@@ -268,9 +259,8 @@ class Config:
     def open_store(self) -> Store:
         """Return the store of DATABASE_URL. Raises ConfigError."""
         try:
-            store: Store = load(STORES, self.database_url.partition(":")[0])(
-                self.database_url
-            )
+            scheme = self.database_url.partition(":")[0]
+            store: Store = load(STORES, scheme)(self.database_url)
             return store
         except StoreError as error:
             raise ConfigError(f"DATABASE_URL: {error}.") from None
@@ -281,18 +271,15 @@ def key_name(provider: str) -> str:
     return f"AI_SECRET_KEY_{provider.upper().replace('-', '_')}"
 
 
-def _read_all(
-    kind: Any, texts: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return the values of a dataclass's fields, and what is wrong with which."""
-    values, wrong = {}, []
-    for item in fields(kind):
-        text = texts.get(item.name)
-        try:
-            if text:
-                values[item.name] = item.metadata["read"](text)
-            elif item.default is MISSING and item.default_factory is MISSING:
-                wrong.append((item.name, "is missing"))
-        except ValueError as error:
-            wrong.append((item.name, str(error)))
-    return values, wrong
+def misspelt(env: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each variable that looks like a misspelt setting."""
+    ours = [f.name.upper() for f in fields(Config) if f.name != "ai_secret_keys"]
+    ours += [key_name(name) for name in PROVIDERS]
+    found = []
+    for name in sorted(env.keys() - {*ours, *REMOVED}):
+        alike = [own for own in ours if own[:2] == name[:2]]
+        # Few variables of other programs begin like these two.
+        least = 0.6 if name.startswith(("AI_", "IM_")) else 0.85
+        for near in get_close_matches(name, alike, 1, least):
+            found.append(f"{name} is not a setting: do you mean {near}?")
+    return found

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import time
 import zlib
 from collections.abc import Iterable
@@ -60,16 +61,13 @@ def check_callback(
     Several tokens let an operator change the token without losing a callback.
     https://www.tencentcloud.com/document/product/1047/34354
     """
-    matches = [
-        _equal(sign_callback(token, request_time), sign.lower()) for token in tokens
-    ]
-    if not any(matches):
+    theirs = sign.lower().encode("utf-8", "replace")
+    ours = [sign_callback(token, request_time).encode() for token in tokens]
+    if not any([hmac.compare_digest(theirs, sign) for sign in ours]):
         raise BadSignature(
             "Sign is wrong: IM_CALLBACK_TOKEN and the console must agree"
         )
-    if not (
-        request_time.isascii() and request_time.isdigit() and len(request_time) < 16
-    ):
+    if not re.fullmatch("[0-9]{1,15}", request_time):
         raise BadSignature("RequestTime is not a number of seconds")
     if abs((time.time() if now is None else now) - int(request_time)) > CALLBACK_WINDOW:
         raise BadSignature("RequestTime is too far from this server's clock")
@@ -81,7 +79,3 @@ def _hmac(key: str, userid: str, sdkappid: int, issued: int, expire: int) -> str
         f"TLS.time:{issued}\nTLS.expire:{expire}\n"
     )
     return base64.b64encode(hmac.digest(key.encode(), text.encode(), "sha256")).decode()
-
-
-def _equal(ours: str, theirs: str) -> bool:
-    return hmac.compare_digest(ours.encode(), theirs.encode("utf-8", "replace"))

@@ -73,7 +73,8 @@ def demo_settings(environment: Mapping[str, str]) -> tuple[dict[str, str], str]:
     for name, value in environment.items():
         if value and (name in SETTINGS or name.startswith("AI_")):
             settings[name] = value
-    service = settings.get("AI_PROVIDER", "minimax")
+    other = "openai-compatible" if "AI_BASE_URL" in settings else "minimax"
+    service = settings.setdefault("AI_PROVIDER", other)
     theirs = {"AI_SECRET_KEY", "AI_SECRET_KEYS", "AI_BASE_URL"} & set(settings)
     if not theirs and service not in ("echo", "ollama"):
         return settings, ""

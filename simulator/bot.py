@@ -29,6 +29,7 @@ def bot_settings(simulator: Simulator) -> dict[str, str]:
         "IM_KEY": simulator.key,
         "IM_CALLBACK_TOKEN": simulator.token,
         "IM_API_URL": simulator.url,
+        "AI_PROVIDER": "minimax",
         "AI_SECRET_KEY": simulator.ai_key,
         "AI_BASE_URL": f"{simulator.url}/v1",
     }

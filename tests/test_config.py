@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from config import Config, ConfigError
+from config import Config, ConfigError, Persona, misspelt
 from simulator import BotProcess
 
 
@@ -82,3 +82,67 @@ def test_a_wrong_robots_file_stops_the_start(tmp_path, toml, says):
         file.write_text(toml)
     with pytest.raises(ConfigError, match=re.escape(says)):
         Config.from_env({"ROBOTS": str(file)})
+
+
+WHOLE = {"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"}
+PROXY = {"AI_BASE_URL": "http://localhost:4000/v1"}
+
+
+def test_an_address_without_a_provider_is_a_service_without_fields_of_any_vendor():
+    config = Config.from_env({**WHOLE, **PROXY, "AI_MODEL": "mock"})
+    provider = config.provider(Persona())
+    assert config.ai_provider == "openai-compatible"
+    assert provider.url == PROXY["AI_BASE_URL"]
+    body = provider.body(messages=[])
+    assert body.keys() == {"messages", "model", "max_tokens"}
+    assert "model" not in Config.from_env(WHOLE | PROXY).provider(Persona()).body()
+    named = {**WHOLE, **PROXY, "AI_PROVIDER": "zhipu", "AI_SECRET_KEY": "k"}
+    assert Config.from_env(named).ai_provider == "zhipu"
+
+
+def test_a_service_without_an_address_needs_one():
+    with pytest.raises(ConfigError, match="AI_BASE_URL is missing"):
+        Config.from_env({**WHOLE, "AI_PROVIDER": "openai-compatible"})
+    assert Config.from_env({**WHOLE, "AI_PROVIDER": "echo"}).ai_provider == "echo"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("AI_MODLE", "AI_MODEL"),
+        ("AI_KEY", "AI_SECRET_KEY"),
+        ("AI_PROMPT", "AI_SYSTEM_PROMPT"),
+        ("AI_SECRET_KEY_DEEPSEK", "AI_SECRET_KEY_DEEPSEEK"),
+        ("WORKER_THREDS", "WORKER_THREADS"),
+        ("DATABASE_URI", "DATABASE_URL"),
+    ],
+)
+def test_a_misspelt_setting_is_named_with_the_nearest(wrong, right):
+    (line,) = misspelt({wrong: "secret", "AI_SECRET_KEY_DEEPSEEK": "k", **WHOLE})
+    assert line == f"{wrong} is not a setting: do you mean {right}?"
+
+
+def test_variables_of_other_programs_are_not_taken_for_settings():
+    others = (
+        "PATH PORT HOME LANG LANGUAGE LOGNAME HOSTNAME HISTSIZE HISTCONTROL GROUPS "
+        "SECRET_KEY MODEL TIMEOUT BASE_URL REDIS_URL DATABASE_PRIVATE_URL "
+        "GTK_IM_MODULE IM_CONFIG_PHASE AI_GATEWAY_API_KEY AI_AGENT OPENAI_API_KEY "
+        "GUNICORN_CMD_ARGS WEB_CONCURRENCY FLASK_APP RATE ROOT MAX_REQUESTS"
+    )
+    assert misspelt(dict.fromkeys(others.split(), "x")) == []
+
+
+def test_a_misspelt_setting_is_named_when_the_start_fails_for_it():
+    env = {"IM_SDKAPPID": "1", "IM_KYE": "secret", "ALLOW_UNSIGNED": "1", **PROXY}
+    with pytest.raises(ConfigError) as caught:
+        Config.from_env(env)
+    assert "IM_KEY is missing.\nIM_KYE is not a setting" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_misspelt_setting_is_named_in_the_log_of_the_start(
+    make_app, monkeypatch, caplog
+):
+    monkeypatch.setenv("AI_MODLE", "mock")
+    make_app()
+    assert "AI_MODLE is not a setting: do you mean AI_MODEL?" in caplog.messages
