@@ -49,7 +49,9 @@ LARGEST_REST, PIECE = 16 << 20, 1 << 16  # bytes that are read of a refused body
 NOTICE_EVERY = 600  # seconds in which a chat is told once why messages are refused
 PATIENCE = 86400  # seconds in which Tencent IM is asked again to take an answer
 PATIENCE_WITH_MESSAGE = 120  # the same, if it is this one message that IM refuses
-KNOWN_C2C, KNOWN_GROUP = 100, 280  # seconds in which Tencent knows a repetition, safely
+# Seconds after an unsure call in which Tencent surely knows a repetition: 120 and 300,
+# less what that call and the last one may take with all their tries.
+KNOWN_C2C, KNOWN_GROUP = 50, 230
 DRAIN = 20.0  # seconds for answers in work when the server stops
 HISTORY_CHARACTERS = 24_000  # of old turns in one question
 
