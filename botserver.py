@@ -21,13 +21,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, TypeVar
 
 import click
-from flask import Flask, request
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 import commands
@@ -44,10 +45,13 @@ from workers import InFlight, LeaseLost, Workers
 __version__ = "1.1.0"
 OK = {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
 LARGEST_CALLBACK = 1 << 20  # bytes
+LARGEST_REST, PIECE = 16 << 20, 1 << 16  # bytes that are read of a refused body
 NOTICE_EVERY = 600  # seconds in which a chat is told once why messages are refused
 PATIENCE = 86400  # seconds in which Tencent IM is asked again to take an answer
 PATIENCE_WITH_MESSAGE = 120  # the same, if it is this one message that IM refuses
-KNOWN_C2C, KNOWN_GROUP = 100, 280  # seconds in which Tencent knows a repetition, safely
+# Seconds after an unsure call in which Tencent surely knows a repetition: 120 and 300,
+# less what that call and the last one may take with all their tries.
+KNOWN_C2C, KNOWN_GROUP = 50, 230
 DRAIN = 20.0  # seconds for answers in work when the server stops
 HISTORY_CHARACTERS = 24_000  # of old turns in one question
 
@@ -83,8 +87,13 @@ class Said(NamedTuple):
     """What is to be sent as the answer to a message; an empty text is not sent."""
 
     text: str
-    remember: bool = False  # in the memory of the chat
+    note: str = ""  # what is shown below the text, but never remembered
+    remember: bool = False  # the text, in the memory of the chat
     failed: bool = False  # it says why there is no answer
+
+    def shown(self) -> str:
+        """Return all that the user sees."""
+        return "\n\n".join(filter(None, (self.text, self.note)))
 
 
 @dataclass(eq=False)
@@ -177,8 +186,8 @@ class Bot:
                 )
             said = self._saved(job) or self._say(job)
             asked = time.monotonic()
-            if said.text:
-                job.reply.close(said.text, said.failed)
+            if text := said.shown():
+                job.reply.close(text, said.failed)
         except tim.IMError as error:
             return self._not_sent(job, error)
         # It is sent: if the store is away now, it must not be sent again.
@@ -196,7 +205,7 @@ class Bot:
             message,
             work.claim.seq,
             progress,
-            partial(self._save, work, None),
+            partial(self._note, work),
             self.texts["replaced"],
         )
         scope = CancelScope(self.config.ai_timeout)
@@ -209,15 +218,20 @@ class Bot:
         if not self.store.save_reply(work.claim, text, progress, remember):
             raise LeaseLost
 
+    def _note(self, work: InFlight, progress: Json) -> None:
+        """Keep how far sending has come; if the store is away, it stays in memory."""
+        with suppress(StoreError):
+            self._save(work, None, progress)
+
     def _keep_alive(self, reply: PlainReply) -> None:
         if time.monotonic() - reply.last_sent > reply.keep_alive_after:
             self.workers.in_background(reply.keep_alive)
 
     def _saved(self, job: Job) -> Said | None:
         """Return the answer that was saved before, perhaps by a process now dead."""
-        text = job.work.claim.reply
-        failed = bool(job.progress.get("failed"))
-        return None if text is None else Said(text, failed=failed)
+        text, progress = job.work.claim.reply, job.progress
+        note, failed = progress.get("note", ""), bool(progress.get("failed"))
+        return None if text is None else Said(text, note, failed=failed)
 
     def _say(self, job: Job) -> Said:
         """Return the answer, saved: a restart sends it, and does not pay for it again.
@@ -229,8 +243,7 @@ class Bot:
         else:
             job.reply.open()
             said = self.ask(job)
-        if said.failed:
-            job.progress["failed"] = True
+        job.progress |= {"note": said.note, "failed": said.failed}
         remember = said.remember and self.config.history_turns > 0
         self._save(job.work, said.text, job.progress, remember)
         return said
@@ -276,12 +289,12 @@ class Bot:
         """Return what to show instead of an answer, or after half of one."""
         job.outcome, why = error.kind, self.texts.get(error.kind, self.texts["busy"])
         if error.kind in ("stopped", "length"):
-            return Said(f"{text}\n\n{why}".strip(), remember=bool(text))
+            return Said(text, why, remember=bool(text))
         details = redact(str(error), chat)
         logger.warning("no answer for %s: %s", job.work.claim.id, details)
         if not text:
             return Said(why, failed=True)
-        return Said(f"{text}\n\n{self.texts['cut'].format(why)}")
+        return Said(text, self.texts["cut"].format(why))
 
     def _chat(self, job: Job, provider: Provider) -> list[Json]:
         """Return the question as the AI service gets it: prompt, old turns, new one."""
@@ -331,7 +344,7 @@ class Bot:
             logger.warning("%s counts as sent, but was not confirmed", claim.id)
             del unsure[part]
             job.reply.assume_sent()
-        self._save(job.work, None, progress)
+        self._note(job.work, progress)
         self.workers.when_store_works(self.store.release, claim, delay)
 
     def _give_up(self, job: Job, reason: str) -> None:
@@ -409,7 +422,7 @@ def add_routes(app: Flask, bot: Bot) -> None:
     def im() -> tuple[Json, int]:
         try:
             check(bot.config, request.args)
-            for message in read_messages(request.args, request.get_data(), nicks):
+            for message in read_messages(request.args, read_body(), nicks):
                 bot.accept(message)
         except BadSignature as error:
             return refuse(403, str(error))
@@ -427,9 +440,29 @@ def add_routes(app: Flask, bot: Bot) -> None:
             logger.warning("no health: %s", error)
             return {"status": "the store does not work"}, 503
 
+    @app.after_request
+    def read_rest(answer: Response) -> Response:
+        """Read a body to its end, or the connection would be of no use afterwards."""
+        if request.environ.get("wsgi.input_terminated"):
+            with suppress(Exception):  # it is broken, and gunicorn closes
+                for _ in range(0, LARGEST_REST, PIECE):
+                    if not request.environ["wsgi.input"].read(PIECE):
+                        break
+        return answer
+
     @app.errorhandler(HTTPException)
     def refused(error: HTTPException) -> tuple[Json, int]:
         return refuse(error.code or 500, error.description or error.name)
+
+
+def read_body() -> bytes:
+    """Return the body of a callback. Raises tim.BadEvent if it is broken."""
+    try:
+        return request.get_data()
+    except HTTPException:  # it is too large
+        raise
+    except Exception as error:  # gunicorn has a class of its own for every fault
+        raise tim.BadEvent(f"the body is broken ({type(error).__name__})") from None
 
 
 def refuse(status: int, why: str) -> tuple[Json, int]:

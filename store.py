@@ -435,6 +435,7 @@ class SQLiteStore(Store):
         if not self._read_lock.acquire(timeout=BUSY_TIMEOUT):
             raise StoreError("the database cannot be read: it is busy")
         try:
+            self._check_file()
             return self._reader.execute(
                 self._sql[name], {**values, "now": time.time()}
             ).fetchall()
