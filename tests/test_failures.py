@@ -324,10 +324,11 @@ def test_what_failed_is_named_by_numbers_that_can_be_pasted(tmp_path, monkeypatc
             user = f"x'$(touch {number})" if number else "o'neil"
             store.add(f"@RBT#001\t{user}", f"c2c\t{user}", {})
             store.fail(store.claim(), "no")
-    told = CliRunner().invoke(cli.failed).output.splitlines()
+    commands = {command.name: command for command in cli.COMMANDS}
+    told = CliRunner().invoke(commands["failed"]).output.splitlines()
     assert len(told) == 101 and told[-1] == "and 3 more"
     assert all(re.fullmatch(r"\d+  \d+ s ago: no", line) for line in told[:-1])
-    done = CliRunner().invoke(cli.retry, told[0].split()[0])
+    done = CliRunner().invoke(commands["retry"], told[0].split()[0])
     assert done.output == "1 put back.\n"
     with closing(SQLiteStore(url)) as store:
         assert store.claim().id == "@RBT#001\to'neil"
