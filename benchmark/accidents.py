@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from simulator import BotProcess, Simulator, ai_error
+from store import LEASE
 
+from .load import ROBOT, question
 from .stage import Database, workers
 
 AI_FAILS, IM_FAILS = 0.1, 0.05  # shares of all calls
+REFUSED, MUTE = 100, 20  # one of so many answers, one of so many chats
 AI_FAULTS = (
     (500, ai_error("api_error", "a failure that was asked for (1000)")),
     (429, ai_error("rate_limit_error", "rate limit (1002)")),
@@ -23,6 +28,9 @@ AI_FAULTS = (
     None,  # the answer breaks off
 )
 IM_FAULTS = ("lost", "late", 20004, 60007, 90994, 91000)
+WORD_FILTER = 80001  # Tencent's code for a text that it will never take
+PAUSE = LEASE + 3  # seconds; longer than claims last
+SILENCE = 150  # seconds; longer than Tencent knows a repetition
 
 
 class Accidents:
@@ -38,6 +46,7 @@ class Accidents:
             "SIGTERM": self._stop,
             "SIGHUP": self._reload,
             "no store": self._interrupt_store,
+            "pause": self._pause,
         }
         self._next: list[str] = []
 
@@ -67,13 +76,24 @@ class Accidents:
         assert self.bot.process
         self.bot.process.send_signal(signal.SIGHUP)
 
+    def _pause(self) -> None:
+        """Stop all processes for longer than a lease, as when a machine is moved."""
+        assert self.bot.process
+        os.killpg(self.bot.process.pid, signal.SIGSTOP)
+        time.sleep(PAUSE)
+        os.killpg(self.bot.process.pid, signal.SIGCONT)
+
     def _interrupt_store(self) -> None:
         self.database.interrupt(self.chance.uniform(1, 4))
 
 
-def break_services(simulator: Simulator, seed: int) -> None:
-    """Make a share of the calls to the AI service and to Tencent IM fail."""
-    chance = random.Random(seed)
+def break_services(simulator: Simulator, seed: int) -> set[Any]:
+    """Make a share of the calls to the AI service and to Tencent IM fail.
+
+    Returns the answers that Tencent will never take, as far as they were sent.
+    """
+    chance, began = random.Random(seed), time.monotonic()
+    refused: set[Any] = set()
 
     def ai_fault(asked: Any) -> Any:
         simulator.ai_requests.clear()  # 20,000 with their histories are too many
@@ -84,7 +104,25 @@ def break_services(simulator: Simulator, seed: int) -> None:
 
     def im_fault(command: str, body: Any) -> Any:
         simulator.calls.clear()
+        robot, chat = (
+            body.get("From_Account"),
+            body.get("GroupId") or body["To_Account"],
+        )
+        number = question(json.dumps(body["MsgBody"]))
+        if number > 0 and picked(REFUSED, chat, number):
+            if robot:  # else a plain message will be tried, too
+                refused.add((robot, chat, number))
+            return WORD_FILTER
+        period = int((time.monotonic() - began) // SILENCE)
+        if robot == ROBOT and period % 2 and picked(MUTE, chat, period):
+            return "late"
         return chance.choice(IM_FAULTS) if chance.random() < IM_FAILS else None
 
     simulator.ai_fault, simulator.fault = ai_fault, im_fault
     simulator.ai_delay = 0.02
+    return refused
+
+
+def picked(of: int, *about: Any) -> bool:
+    """Return whether this is one of so many, the same at every try."""
+    return zlib.crc32(repr(about).encode()) % of == 0
