@@ -30,15 +30,8 @@ POOL_TIMEOUT = 0.6  # seconds to wait for a connection; Tencent waits 2 for an a
 STEP_TIMEOUT = 1.0  # seconds for a whole transaction
 STALE_TIMEOUT = 0.3  # seconds in which a step is tried on another connection
 SCHEMA_LOCK = 1380076593  # names the advisory lock under which tables are made
-# What the reason of a failed connection holds if it will not be well by itself.
-HOPELESS = (
-    "authentication",
-    "does not exist",
-    "no such",
-    "pg_hba",
-    "does not support SSL",
-    "certificate",
-)
+# What is in the reason of a failed connection that will not be well by itself.
+HOPELESS = "authentication|does not exist|no such|pg_hba|support SSL|certificate"
 # SQLSTATEs of a connection that was closed: none, by the end of the server, by a crash.
 CLOSED = (None, "57P01", "57P02")
 DEFAULTS = {"connect_timeout": "2", "client_encoding": "utf8"}
@@ -102,6 +95,14 @@ class PostgresStore(Store):
         # Cursors that put the values in: one message for a whole short transaction.
         options: Data = {"autocommit": True, "prepare_threshold": None}
         options |= {"cursor_factory": psycopg.ClientCursor}
+        self._ready = False  # the tables are there
+        try:
+            with BoundedConnection.connect(conninfo, **options) as first:
+                self._make_schema(first)
+        except psycopg.Error as error:
+            passing = isinstance(error, psycopg.OperationalError)
+            if not passing or re.search(HOPELESS, str(error)):
+                raise StoreError(self._redacted(error)) from None
         self._pool = ConnectionPool(
             conninfo,
             connection_class=BoundedConnection,
@@ -110,17 +111,8 @@ class PostgresStore(Store):
             max_size=CONNECTIONS,
             timeout=POOL_TIMEOUT,
             reconnect_timeout=1,
-            open=False,
+            open=True,
         )
-        self._ready = False  # the tables are there
-        try:
-            with BoundedConnection.connect(conninfo, **options) as first:
-                self._make_schema(first)
-        except psycopg.Error as error:
-            passing = isinstance(error, psycopg.OperationalError)
-            if not passing or any(word in str(error) for word in HOPELESS):
-                raise StoreError(self._redacted(error)) from None
-        self._pool.open()
 
     def _make_schema(self, connection: BoundedConnection) -> None:
         """Make the tables, unless they are there; other processes wait meanwhile."""
@@ -128,7 +120,7 @@ class PostgresStore(Store):
         # all who write wait behind.
         connection.deadline = time.monotonic() + STEP_TIMEOUT
         last = "SELECT to_regclass('message_asked') IS NOT NULL"
-        if not _rows(connection.execute(last))[0][0]:
+        if connection.execute(last).fetchone() != (True,):
             lock = f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})"
             schema = SCHEMA.format(**self.dialect)
             connection.execute(f"BEGIN; {lock}; {schema}; COMMIT")
@@ -156,7 +148,8 @@ class PostgresStore(Store):
             # One message to the server opens the transaction and does the statement.
             idle = connection.info.transaction_status == TransactionStatus.IDLE
             sql = (begin if idle else "") + self._sql.get(step, step) + commit
-            return _rows(connection.execute(sql, values))
+            results = connection.execute(sql, values).results()
+            return [row for each in results if each.description for row in each]
 
         with self._pool.connection() as connection:
             try:
@@ -193,15 +186,6 @@ class PostgresStore(Store):
 
     def close(self) -> None:
         self._pool.close()
-
-
-def _rows(cursor: psycopg.Cursor[tuple[Any, ...]]) -> Rows:
-    """Return the rows of the one statement of several that has some."""
-    rows: Rows = []
-    while True:
-        rows += cursor.fetchall() if cursor.description else []
-        if not cursor.nextset():
-            return rows
 
 
 def _conninfo(url: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -152,7 +152,7 @@ class Store:
         taken = self._write_in_turn("take", {"token": token, "lease": LEASE})
         # A read of its own, so that it sees what ended a moment ago. Nothing of a
         # conversation ends while another worker holds it.
-        rows = taken and self._read("oldest", {"conversation": taken[0][0]})
+        rows = taken and self._write("oldest", {"conversation": taken[0][0]})
         if not rows:
             return None
         [(conversation, attempts)], [(seq, id, *texts, accepted)] = taken, rows
@@ -164,10 +164,9 @@ class Store:
         self.fail(claim, "its work was cut short too often, or it cannot be read")
         return self.claim()
 
-    def heartbeat(self, claims: Iterable[Claim]) -> tuple[list[Claim], list[Claim]]:
+    def heartbeat(self, claims: Collection[Claim]) -> tuple[list[Claim], list[Claim]]:
         """Make claims last LEASE seconds from now; return those that were lost, and
         those whose conversation was cancelled."""
-        claims = list(claims)
         names = json.dumps([claim.conversation for claim in claims])
         tokens = json.dumps([claim.token for claim in claims])
         self._write("repair", {"lease": LEASE, "longest": LONGEST_DELAY})
@@ -237,8 +236,8 @@ class Store:
     def load(self) -> tuple[int, int, int]:
         """Return how many messages wait, how many are claimed, and how many could be
         claimed now."""
-        [(waiting, claimed, due)] = self._read("load", {})
-        return waiting, claimed, due
+        [numbers] = self._read("load", {})
+        return numbers
 
     def stats(self) -> dict[str, float]:
         """Return the numbers of `waiting`, `in_work` and `failed` messages, and
@@ -253,37 +252,14 @@ class Store:
         rows = self._read("failed", {})
         return [(seq, id, reason, age) for seq, id, reason, age, _ in rows]
 
-    def retry(self, seqs: Iterable[int] | None = None) -> int:
+    def retry(self, seqs: Collection[int] | None = None) -> int:
         """Open failed messages again, all or these, in their turn; return how many."""
-        wanted, count = None if seqs is None else set(seqs), 0
+        count = 0
         for seq, *_, conversation in self._read("failed", {}):
-            if wanted is None or seq in wanted:
+            if seqs is None or seq in seqs:
                 values = {"seq": seq, "conversation": conversation}
                 count += self._write(retry_step, values)
         return count
-
-
-def storable(text: str) -> str:
-    """Return a text without what a database cannot hold: NUL, half a surrogate pair."""
-    if text.isascii() and "\0" not in text:
-        return text
-    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
-
-
-def _held(claim: Claim, **values: Any) -> Data:
-    """Return the values that name a claim, and others."""
-    key = {"conversation": claim.conversation, "token": claim.token}
-    return {"seq": claim.seq, **key, **values}
-
-
-def _dump(value: Any) -> str | None:
-    return None if value is None else json.dumps(value)
-
-
-def _load(text: str | None) -> Any:
-    """Return what a text of JSON holds, None if there is none or it is broken."""
-    with suppress(ValueError, TypeError):
-        return json.loads(text or "null")
 
 
 @dataclass(slots=True, eq=False)
@@ -344,13 +320,6 @@ class SQLiteStore(Store):
             why = f"the database {self.path} cannot be opened: {error}"
             raise StoreError(why) from None
 
-    def _set_durable(self, durable: bool) -> None:
-        """Have the next commit wait for the disk, or not."""
-        level = "FULL" if durable else "NORMAL"
-        if level != self._synchronous:
-            self._writer.execute(f"PRAGMA synchronous = {level}")
-            self._synchronous = level
-
     def _check_file(self) -> None:
         """Raise if the file was deleted or replaced: SQLite would write on, unseen."""
         there = os.path.exists(self.path)
@@ -391,9 +360,12 @@ class SQLiteStore(Store):
     def _commit(self, writes: list[PendingWrite]) -> None:
         try:
             durable = any(write.step is add_step for write in writes)
+            level = "FULL" if durable else "NORMAL"
+            if level != self._synchronous:
+                self._writer.execute(f"PRAGMA synchronous = {level}")
+                self._synchronous = level
             if durable:
                 self._check_file()
-            self._set_durable(durable)
             # One statement needs no transaction, and costs less without.
             alone = len(writes) == 1 and isinstance(writes[0].step, str)
             if not alone:
@@ -446,6 +418,29 @@ class SQLiteStore(Store):
         with self._write_lock, self._read_lock:
             self._writer.close()
             self._reader.close()
+
+
+def storable(text: str) -> str:
+    """Return a text without what a database cannot hold: NUL, half a surrogate pair."""
+    if text.isascii() and "\0" not in text:
+        return text
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+
+
+def _held(claim: Claim, **values: Any) -> Data:
+    """Return the values that name a claim, and others."""
+    key = {"conversation": claim.conversation, "token": claim.token}
+    return {"seq": claim.seq, **key, **values}
+
+
+def _dump(value: Any) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def _load(text: str | None) -> Any:
+    """Return what a text of JSON holds, None if there is none or it is broken."""
+    with suppress(ValueError, TypeError):
+        return json.loads(text or "null")
 
 
 # The state of a message is `open`, `done` (remembered), `gone` (only its id is left) or

@@ -834,8 +834,7 @@ def test_what_was_acknowledged_outlives_a_power_cut_of_sqlite(sqlite, tmp_path, 
 
 def test_sqlite_syncs_what_it_adds_and_shares_the_commit(sqlite):
     seen = []
-    for connection in (sqlite._writer, sqlite._reader):
-        connection.set_trace_callback(seen.append)
+    sqlite._writer.set_trace_callback(seen.append)
     sqlite.add("0", "jared", {})
     sqlite.release(sqlite.claim(), 0)
     sqlite.add("-1", "jared", {})
