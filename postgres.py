@@ -23,7 +23,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from store import SCHEMA, Data, Rows, Step, Store, StoreError, add_step
+from store import SCHEMA, Data, Step, Store, StoreError, add_step
 
 CONNECTIONS = 4  # of one process at the most: the smallest plans allow 20 in all
 POOL_TIMEOUT = 0.6  # seconds to wait for a connection; Tencent waits 2 for an answer
@@ -31,7 +31,10 @@ STEP_TIMEOUT = 1.0  # seconds for a whole transaction
 STALE_TIMEOUT = 0.3  # seconds in which a step is tried on another connection
 SCHEMA_LOCK = 1380076593  # names the advisory lock under which tables are made
 # What is in the reason of a failed connection that will not be well by itself.
-HOPELESS = "authentication|does not exist|no such|pg_hba|support SSL|certificate"
+HOPELESS = (
+    "authentication failed|no password|does not exist|no such|pg_hba|"
+    "support SSL|certificate"
+)
 # SQLSTATEs of a connection that was closed: none, by the end of the server, by a crash.
 CLOSED = (None, "57P01", "57P02")
 DEFAULTS = {"connect_timeout": "2", "client_encoding": "utf8"}
@@ -151,20 +154,15 @@ class PostgresStore(Store):
             results = connection.execute(sql, values).results()
             return [row for each in results if each.description for row in each]
 
-        with self._pool.connection() as connection:
+        with self._pool.connection() as connection:  # which commits at its end
             try:
                 if not self._ready:
                     self._make_schema(connection)
                 connection.deadline = time.monotonic() + STEP_TIMEOUT
-                result = execute(step, values)
-                connection.commit()
-                return result
+                return execute(step, values)
             except BaseException:
                 connection.close()  # it may be in the middle of something
                 raise
-
-    def _read(self, name: str, values: Data) -> Rows:
-        return self._write(name, values)  # type: ignore[no-any-return]
 
     def _redacted(self, error: psycopg.Error) -> str:
         if isinstance(error, PoolTimeout):

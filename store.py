@@ -97,7 +97,7 @@ class Store:
 
     def _read(self, name: str, values: Data) -> Rows:
         """Return the rows of a SELECT."""
-        raise NotImplementedError
+        return self._write(name, values)  # type: ignore[no-any-return]
 
     def durability(self) -> str:
         """Say when a message is safe; raise StoreError if it is not."""

@@ -1291,7 +1291,7 @@ def test_a_start_waits_for_nobody_who_looks_after_the_tables(postgres, shared_po
 def test_postgresql_starts_later_than_the_bot(postgres_server):
     postgres_server.stop()
     with closing(open_url(postgres_server.url)) as kept:
-        with pytest.raises(StoreError):
+        with pytest.raises(StoreError, match="failed: Connection refused$"):
             kept.load()
         postgres_server.start()
         assert set(in_threads(8, lambda n: kept.add(str(n), "jared", {}))) == {NEW}
