@@ -150,7 +150,7 @@ class Store:
         """
         token = os.urandom(16).hex()
         taken = self._write_in_turn("take", {"token": token, "lease": LEASE})
-        # A read of its own, so that it sees what ended a moment ago. Nothing of a
+        # A statement of its own, so that it sees what ended a moment ago. Nothing of a
         # conversation ends while another worker holds it.
         rows = taken and self._write("oldest", {"conversation": taken[0][0]})
         if not rows:
@@ -300,9 +300,10 @@ class SQLiteStore(Store):
         self._pending: deque[PendingWrite] = deque()
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
         try:
-            # One that is there is not opened: to close it would end every lock that
-            # SQLite has on it in this process; the next to close it deletes the WAL.
-            with suppress(FileExistsError):  # its WAL will be for its owner only, too
+            # For its owner only; its WAL will be so, too. One that is there is not
+            # opened: to close it would end every lock that SQLite has on it in this
+            # process, and another process would delete the WAL.
+            with suppress(FileExistsError):
                 Path(self.path).touch(0o600, exist_ok=False)
             self._file = os.stat(self.path)
             options: Data = {"isolation_level": None, "check_same_thread": False}
@@ -322,9 +323,10 @@ class SQLiteStore(Store):
 
     def _check_file(self) -> None:
         """Raise if the file was deleted or replaced: SQLite would write on, unseen."""
-        there = os.path.exists(self.path)
-        if not (there and os.path.samestat(os.stat(self.path), self._file)):
-            raise StoreError(f"{self.path} was deleted or replaced: restart")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), self._file):
+                return
+        raise StoreError(f"{self.path} was deleted or replaced: restart")
 
     def _execute(self, step: Step, values: Data) -> Any:
         """Do a step or a statement, as soon as the lock is free.
@@ -334,8 +336,8 @@ class SQLiteStore(Store):
         """
         if callable(step):
             return step(self._execute, values)
-        sql, values = self._sql.get(step, step), {**values, "now": time.time()}
-        deadline = time.monotonic() + BUSY_TIMEOUT
+        sql, deadline = self._sql.get(step, step), time.monotonic() + BUSY_TIMEOUT
+        values["now"] = time.time()
         while True:
             try:
                 return self._writer.execute(sql, values).fetchall()
@@ -389,9 +391,8 @@ class SQLiteStore(Store):
             raise StoreError("the database cannot be read: it is busy")
         try:
             self._check_file()
-            return self._reader.execute(
-                self._sql[name], {**values, "now": time.time()}
-            ).fetchall()
+            values = {**values, "now": time.time()}
+            return self._reader.execute(self._sql[name], values).fetchall()
         except sqlite3.Error as error:
             raise StoreError(f"the database cannot be read: {error}") from None
         finally:
@@ -439,8 +440,10 @@ def _dump(value: Any) -> str | None:
 
 def _load(text: str | None) -> Any:
     """Return what a text of JSON holds, None if there is none or it is broken."""
-    with suppress(ValueError, TypeError):
-        return json.loads(text or "null")
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return None
 
 
 # The state of a message is `open`, `done` (remembered), `gone` (only its id is left) or
