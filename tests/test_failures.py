@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -23,7 +24,7 @@ from botserver import REPLIES, Bot
 from commands import TEXTS
 from conftest import Caller, delta, idle, message, poll, said_to, sse
 from simulator import BotProcess, text_body
-from store import SQLiteStore, StoreError
+from store import LEASE, SQLiteStore, StoreError
 
 EN = TEXTS["en"]
 SORRY = EN["undeliverable"]
@@ -69,6 +70,37 @@ def test_a_message_that_failed_three_times_is_told_and_closed(
     assert sim.delivered[-1].text.endswith(SORRY)
     assert all(m.closed for m in sim.delivered)
     assert sum(SORRY in m.text for m in sim.delivered) == 1
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+def test_a_pause_of_the_server_costs_nothing_but_time(sim, tmp_path, request, store):
+    """Longer than a lease, with questions in work, waiting and on their way."""
+    settings = {"WEB_CONCURRENCY": 2, "RATE_LIMIT": 0}
+    if store == "postgres":
+        server = request.getfixturevalue("postgres_server")
+        settings["DATABASE_URL"] = server.url
+    bot = BotProcess(sim, str(tmp_path), **settings).start()
+    users = [f"user{number}" for number in range(12)]
+    sim.users |= set(users)
+    sim.ai_delay = 3
+    try:
+        for text in ("one", "two"):
+            for user in users:
+                sim.say(user, "@RBT#001", text)
+        poll(lambda: len(sim.ai_requests) == 12)
+        os.killpg(bot.process.pid, signal.SIGSTOP)
+        time.sleep(LEASE + 2)
+        os.killpg(bot.process.pid, signal.SIGCONT)
+        for user in users:
+            sim.say(user, "@RBT#001", "three")
+        sim.wait(36, timeout=40)
+        poll(lambda: requests.get(f"{bot.url}/healthz").json()["in_work"] == 0)
+        for user in users:
+            assert said_to(sim, user) == ["one", "two", "three"]
+        assert len(sim.ai_requests) == len(sim.delivered) == 36
+        assert requests.get(f"{bot.url}/healthz").json()["failed"] == 0
+    finally:
+        bot.stop(signal.SIGKILL)
 
 
 def columns(tmp_path, sql):
@@ -433,7 +465,7 @@ def bot(sim, tmp_path):
     bot.stop(signal.SIGKILL)
 
 
-def request(sim, event, *body, chunked=False, path="/im", **query):
+def raw(sim, event, *body, chunked=False, path="/im", **query):
     """Return the bytes of a callback."""
     query = urlencode(sim.signed(event) | query)
     framing = f"Content-Length: {sum(map(len, body))}"
@@ -471,9 +503,9 @@ def test_a_callback_behind_a_refused_one_is_not_lost(sim, bot, body, status, how
     event = sim.say("jared", "@RBT#001", "hi")
     with socket.create_connection(("127.0.0.1", bot.port), 10) as line:
         reader = line.makefile("rb")
-        line.sendall(request(sim, event, body, **how))
+        line.sendall(raw(sim, event, body, **how))
         assert read_status(reader) == status
-        line.sendall(request(sim, event, json.dumps(event).encode()))
+        line.sendall(raw(sim, event, json.dumps(event).encode()))
         assert read_status(reader) == 200
     assert said_to(sim, "jared") == ["hi"] or sim.wait(1)
 
@@ -491,7 +523,7 @@ def test_a_callback_behind_a_refused_one_is_not_lost(sim, bot, body, status, how
 def test_a_body_of_broken_chunks_is_refused_without_a_traceback(sim, bot, body):
     event = sim.say("jared", "@RBT#001", "hi")
     with socket.create_connection(("127.0.0.1", bot.port), 10) as line:
-        line.sendall(request(sim, event, body, chunked=True))
+        line.sendall(raw(sim, event, body, chunked=True))
         line.shutdown(socket.SHUT_WR)
         assert read_status(line.makefile("rb")) == 400
     assert "refused with 400" in bot.log.read_text()

@@ -19,7 +19,8 @@ READMES = [HERE / "README.md", HERE / "README.zh-CN.md"]
 SETTINGS = [HERE / "docs/settings.md", HERE / "docs/settings.zh-CN.md"]
 OPERATIONS = [HERE / "docs/operations.md", HERE / "docs/operations.zh-CN.md"]
 PAGES = [*READMES, *SETTINGS, *OPERATIONS]
-OPTIONS = "--worker-class gthread --threads 8 --graceful-timeout 25 --keep-alive 100"
+OPTIONS = "--worker-class gthread --threads 8 --timeout 90 --graceful-timeout 25"
+OPTIONS += " --keep-alive 100"
 OPTIONAL = ["growing.py", "postgres.py", "cli.py"]  # and simulator/, benchmark/
 
 
