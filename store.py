@@ -21,10 +21,11 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar
 
 LEASE = 12.0  # seconds a claim lasts; Tencent closes a silent stream after 15
@@ -35,13 +36,12 @@ HISTORY_LIMIT = 50  # messages of one conversation that history returns at the m
 NO_LIMIT = 2**31 - 1
 BATCH = 500  # messages deleted in one transaction
 BUSY_TIMEOUT = 1.5  # seconds to wait for a locked file; Tencent waits 2 for an answer
-MIGRATION_TIMEOUT = 60.0  # seconds to wait for another process that converts a file
 TURN_TIMEOUT = 5.0  # seconds a worker lets callbacks go first, at the most
 
 Data = dict[str, Any]
 Rows = list[tuple[Any, ...]]
-Execute = Callable[[str, Data], Rows]  # does a statement of SQL; () for a changed row
-Step = Callable[[Execute, Data], Any]  # what a verb does, if it is several statements
+Execute = Callable[[str, Data], Rows]
+Step = str | Callable[[Execute, Data], Any]  # a statement's name, or what does several
 logger = logging.getLogger(__name__)
 
 
@@ -87,19 +87,17 @@ class Store:
         self._callbacks: deque[None] = deque()  # at the store now; counted without lock
         self._turn = threading.Lock()
 
-    def _write(
-        self, step: str | Step, values: Data, durable: bool = False, lone: bool = False
-    ) -> Any:
-        """Do a statement of SQL, or a step of several in one transaction.
+    def _write(self, step: Step, values: Data) -> Any:
+        """Do one statement, or a step of several in one transaction.
 
-        What is `durable` is on the disk before it returns; other steps can be done
-        again after a power cut. The statements of a `lone` step need no transaction.
+        What add_step writes is on the disk before it returns; other steps can be done
+        again after a power cut.
         """
         raise NotImplementedError
 
     def _read(self, name: str, values: Data) -> Rows:
         """Return the rows of a SELECT."""
-        raise NotImplementedError
+        return self._write(name, values)  # type: ignore[no-any-return]
 
     def durability(self) -> str:
         """Say when a message is safe; raise StoreError if it is not."""
@@ -109,11 +107,11 @@ class Store:
         """Let go of files and connections."""
         raise NotImplementedError
 
-    def _in_turn(self, act: Callable[..., Any], *values: Any) -> Any:
-        """Do what a worker wants, and let callbacks go first."""
+    def _write_in_turn(self, step: Step, values: Data) -> Any:
+        """Write what a worker wants, and let callbacks go first."""
         held = bool(self._callbacks) and self._turn.acquire(timeout=TURN_TIMEOUT)
         try:
-            return act(*values)
+            return self._write(step, values)
         finally:
             if held:
                 self._turn.release()
@@ -134,14 +132,13 @@ class Store:
         unless empty, added `rate` in the last MINUTE. With a `reply` there is nothing
         to ask, and nothing of it is remembered.
         """
-        names = {"id": id, "conversation": conversation, "asker": asker}
-        values: Data = {name: storable(text) for name, text in names.items()}
-        values |= {"room": room, "rate": rate, "minute": MINUTE}
+        texts = {"id": id, "conversation": conversation, "asker": asker}
+        values: Data = {name: storable(text) for name, text in texts.items()}
         values |= {"data": json.dumps(data), "reply": _dump(reply)}
-        values |= {"remember": int(reply is None)}
+        values |= {"room": room, "rate": rate, "minute": MINUTE}
         self._callbacks.append(None)
         try:
-            return Added(self._write(add_step, values, True))
+            return Added(self._write(add_step, values))
         finally:
             self._callbacks.pop()
 
@@ -151,27 +148,30 @@ class Store:
         A claim lasts LEASE seconds. A message whose claims ended MAX_ATTEMPTS times
         without a word is claimed once more, as `spent`, and then failed.
         """
-        values: Data = {"token": os.urandom(16).hex(), "lease": LEASE}
-        claimed = self._in_turn(self._write, claim_step, values, False, True)
-        if not claimed:
+        token = os.urandom(16).hex()
+        taken = self._write_in_turn("take", {"token": token, "lease": LEASE})
+        # A statement of its own, so that it sees what ended a moment ago. Nothing of a
+        # conversation ends while another worker holds it.
+        rows = taken and self._write("oldest", {"conversation": taken[0][0]})
+        if not rows:
             return None
-        attempts, (seq, id, conversation, *texts, accepted) = claimed
+        [(conversation, attempts)], [(seq, id, *texts, accepted)] = taken, rows
         data, reply, progress = map(_load, texts)
-        given = (data, values["token"], reply, progress or {}, accepted)
+        given = (data, token, reply, progress or {}, accepted)
         claim = Claim(seq, id, conversation, *given, spent=attempts > MAX_ATTEMPTS)
         if data is not None and attempts <= MAX_ATTEMPTS + 1:
             return claim
         self.fail(claim, "its work was cut short too often, or it cannot be read")
         return self.claim()
 
-    def heartbeat(self, claims: Iterable[Claim]) -> tuple[list[Claim], list[Claim]]:
+    def heartbeat(self, claims: Collection[Claim]) -> tuple[list[Claim], list[Claim]]:
         """Make claims last LEASE seconds from now; return those that were lost, and
         those whose conversation was cancelled."""
-        claims = list(claims)
-        values: Data = {"lease": LEASE, "longest": LONGEST_DELAY}
-        values |= {"names": json.dumps([claim.conversation for claim in claims])}
-        values |= {"tokens": json.dumps([claim.token for claim in claims])}
-        held = dict(self._write(heartbeat_step, values))
+        names = json.dumps([claim.conversation for claim in claims])
+        tokens = json.dumps([claim.token for claim in claims])
+        self._write("repair", {"lease": LEASE, "longest": LONGEST_DELAY})
+        values = {"lease": LEASE, "names": names, "tokens": tokens}
+        held = dict(self._write("heartbeat", values))
         lost = [claim for claim in claims if claim.token not in held]
         return lost, [claim for claim in claims if held.get(claim.token)]
 
@@ -184,18 +184,17 @@ class Store:
         Without `remember` neither text nor reply outlives finish.
         """
         values = {"reply": _dump(reply), "progress": _dump(progress)}
-        values |= _key(claim) | {"remember": int(remember)}
-        return bool(self._in_turn(self._write, "save_reply", values))
+        values |= _held(claim, remember=int(remember))
+        return bool(self._write_in_turn("save_reply", values))
 
     def finish(self, claim: Claim) -> bool:
         """End a message as answered and free its conversation; False if it was lost."""
-        values = _key(claim) | {"end": "finish"}
-        return bool(self._in_turn(self._write, end_step, values))
+        return bool(self._write_in_turn(end_step, _held(claim, end="finish")))
 
     def fail(self, claim: Claim, reason: str) -> bool:
         """Give a message up, until an operator looks; False if the claim was lost."""
-        values = _key(claim) | {"end": "fail", "reason": storable(reason)}
-        ended = bool(self._in_turn(self._write, end_step, values))
+        values = _held(claim, end="fail", reason=storable(reason))
+        ended = bool(self._write_in_turn(end_step, values))
         if ended:
             logger.error("message %s failed: %s", claim.id, reason)
         return ended
@@ -205,8 +204,7 @@ class Store:
 
         `failed` counts this claim against MAX_ATTEMPTS.
         """
-        values = _key(claim) | {"delay": delay, "uncounted": 1 - failed}
-        self._in_turn(self._write, "release", values)
+        self._write_in_turn("release", _held(claim, delay=delay, uncounted=1 - failed))
 
     def cancel(self, conversation: str) -> bool:
         """Ask whoever holds a claim of a conversation to stop; False if nobody does."""
@@ -215,86 +213,61 @@ class Store:
     def history(self, conversation: str, limit: int) -> list[tuple[Data, str]]:
         """Return the last remembered (data, reply) pairs, oldest first: `limit` at the
         most, and HISTORY_LIMIT."""
-        values: Data = {"conversation": storable(conversation)}
-        values |= {"limit": min(limit, HISTORY_LIMIT)}
-        rows = self._in_turn(self._read, "history", values)
+        values = {"conversation": storable(conversation)}
+        rows = self._read("history", values | {"limit": min(limit, HISTORY_LIMIT)})
         turns = [(_load(data), _load(reply)) for data, reply in reversed(rows)]
         return [(data, reply) for data, reply in turns if data and reply]
 
     def forget(self, conversation: str) -> None:
         """Delete every text of the answered and the failed messages of a conversation.
         Their ids stay known."""
-        values = {"conversation": storable(conversation)}
-        self._in_turn(self._write, "forget", values)
+        self._write_in_turn("forget", {"conversation": storable(conversation)})
 
     def prune(self, age: float) -> int:
         """Delete what ended more than `age` seconds ago; return how many."""
-        total, page = 0, {"after": 0, "age": age, "batch": BATCH}
-        while True:
-            [(last, ended)] = self._read("page", page)
-            if last is None:
-                return total
-            if ended:
-                total += len(self._write("prune", page | {"last": last}))
-            page["after"] = last
+        total = 0
+        [(first, last)] = self._read("span", {})
+        for after in range(first - 1, last, BATCH):
+            values = {"age": age, "after": after, "last": after + BATCH}
+            total += len(self._write("prune", values))
             time.sleep(0.02)  # so that others get their turn
+        return total
 
     def load(self) -> tuple[int, int, int]:
         """Return how many messages wait, how many are claimed, and how many could be
         claimed now."""
-        [(open, claimed, due)] = self._read("load", {})
-        return int(open) - int(claimed), int(claimed), int(due)
+        [numbers] = self._read("load", {})
+        return numbers
 
     def stats(self) -> dict[str, float]:
         """Return the numbers of `waiting`, `in_work` and `failed` messages, and
         `oldest`, the age in seconds of the oldest that is open."""
         waiting, in_work, _ = self.load()
         [(failed, oldest)] = self._read("stats", {})
-        numbers = {"waiting": waiting, "in_work": in_work, "failed": int(failed)}
-        return {**numbers, "oldest": round(max(0.0, oldest or 0.0), 3)}
+        numbers = {"waiting": waiting, "in_work": in_work, "failed": failed}
+        return {**numbers, "oldest": round(max(0.0, oldest), 3)}
 
     def failed(self) -> list[tuple[int, str, str, float]]:
         """Return (seq, id, reason, seconds since) of failed messages, oldest first."""
         rows = self._read("failed", {})
-        return [(seq, id, reason, age) for seq, id, reason, age in rows]
+        return [(seq, id, reason, age) for seq, id, reason, age, _ in rows]
 
-    def retry(self, seqs: Iterable[int] | None = None) -> int:
+    def retry(self, seqs: Collection[int] | None = None) -> int:
         """Open failed messages again, all or these, in their turn; return how many."""
-        numbers = json.dumps([str(seq) for seq in seqs or ()])
-        values: Data = {"every": int(seqs is None), "seqs": numbers}
-        return int(self._write(retry_step, values))
-
-
-def storable(text: str) -> str:
-    """Return a text without what a database cannot hold: NUL, half a surrogate pair."""
-    if text.isascii() and "\0" not in text:
-        return text
-    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
-
-
-def _key(claim: Claim) -> Data:
-    key = {"conversation": claim.conversation, "token": claim.token}
-    return {"seq": claim.seq, **key}
-
-
-def _dump(value: Any) -> str | None:
-    return None if value is None else json.dumps(value)
-
-
-def _load(text: str | None) -> Any:
-    """Return what a text of JSON holds, None if there is none or it is broken."""
-    with suppress(ValueError, TypeError):
-        return json.loads(text or "null")
+        count = 0
+        for seq, *_, conversation in self._read("failed", {}):
+            if seqs is None or seq in seqs:
+                values = {"seq": seq, "conversation": conversation}
+                count += self._write(retry_step, values)
+        return count
 
 
 @dataclass(slots=True, eq=False)
 class PendingWrite:
     """A step that a thread wants done, perhaps by another thread."""
 
-    step: str | Step
+    step: Step
     values: Data
-    durable: bool
-    lone: bool
     done: bool = False
     result: Any = None
     error: str = ""
@@ -327,72 +300,54 @@ class SQLiteStore(Store):
         self._pending: deque[PendingWrite] = deque()
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
         try:
-            self._create_file()
-            self._writer, self._reader = self._connect(), self._connect()
-            self._execute_retrying("PRAGMA journal_mode = WAL")
+            # For its owner only; its WAL will be so, too. One that is there is not
+            # opened: to close it would end every lock that SQLite has on it in this
+            # process, and another process would delete the WAL.
+            with suppress(FileExistsError):
+                Path(self.path).touch(0o600, exist_ok=False)
+            self._file = os.stat(self.path)
+            options: Data = {"isolation_level": None, "check_same_thread": False}
+            self._writer = sqlite3.connect(self.path, BUSY_TIMEOUT, **options)
+            self._reader = sqlite3.connect(self.path, BUSY_TIMEOUT, **options)
+            self._execute("PRAGMA journal_mode = WAL", {})
             self._writer.execute("PRAGMA secure_delete = ON")
             schema = SCHEMA.format(**self.dialect)
             _migrate(self._writer, schema)
             self._writer.executescript(schema)
             self._writer.execute("PRAGMA busy_timeout = 5")  # milliseconds
-            self._set_synchronous("FULL")
-            self._file = self._identity()
+            self._writer.execute("PRAGMA synchronous = FULL")
+            self._synchronous = "FULL"
         except (OSError, sqlite3.Error) as error:
             why = f"the database {self.path} cannot be opened: {error}"
             raise StoreError(why) from None
 
-    def _create_file(self) -> None:
-        """Make a new file that is readable by its owner only; its WAL will be too."""
-        # One that is there is not opened: to close it would end every lock that SQLite
-        # has on it in this process, and another process would delete the WAL.
-        with suppress(FileExistsError):
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(
-            self.path,
-            timeout=BUSY_TIMEOUT,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-
-    def _identity(self) -> tuple[int, int]:
-        status = os.stat(self.path)
-        return status.st_dev, status.st_ino
-
     def _check_file(self) -> None:
         """Raise if the file was deleted or replaced: SQLite would write on, unseen."""
         with suppress(FileNotFoundError):
-            if self._identity() == self._file:
+            if os.path.samestat(os.stat(self.path), self._file):
                 return
-        raise StoreError(f"the database {self.path} was deleted or replaced: restart")
+        raise StoreError(f"{self.path} was deleted or replaced: restart")
 
-    def _set_synchronous(self, level: str) -> None:
-        self._writer.execute(f"PRAGMA synchronous = {level}")
-        self._synchronous = level
+    def _execute(self, step: Step, values: Data) -> Any:
+        """Do a step or a statement, as soon as the lock is free.
 
-    def _execute_retrying(self, sql: str, values: Data | None = None) -> Rows:
-        """Execute when the lock is free. SQLite does not always wait, and when it does,
-        it looks so seldom that busy processes let others starve."""
-        deadline = time.monotonic() + BUSY_TIMEOUT
+        SQLite does not always wait, and when it does, it looks so seldom that busy
+        processes let others starve.
+        """
+        if callable(step):
+            return step(self._execute, values)
+        sql, deadline = self._sql.get(step, step), time.monotonic() + BUSY_TIMEOUT
+        values["now"] = time.time()
         while True:
             try:
-                cursor = self._writer.execute(sql, values or {})
-                changed = cursor.rowcount  # -1 if it cannot change any
-                return cursor.fetchall() if cursor.description else [()] * changed
+                return self._writer.execute(sql, values).fetchall()
             except sqlite3.OperationalError as error:
                 busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
                 if not busy or time.monotonic() > deadline:
                     raise
 
-    def _execute(self, name: str, values: Data) -> Rows:
-        return self._execute_retrying(self._sql[name], {**values, "now": time.time()})
-
-    def _write(
-        self, step: str | Step, values: Data, durable: bool = False, lone: bool = False
-    ) -> Any:
-        lone = lone or isinstance(step, str)
-        pending = PendingWrite(step, values, durable, lone)
+    def _write(self, step: Step, values: Data) -> Any:
+        pending = PendingWrite(step, values)
         self._pending.append(pending)
         with self._write_lock:
             if not pending.done:
@@ -405,13 +360,22 @@ class SQLiteStore(Store):
         return [self._pending.popleft() for _ in range(len(self._pending))]
 
     def _commit(self, writes: list[PendingWrite]) -> None:
-        level = "FULL" if any(write.durable for write in writes) else "NORMAL"
         try:
-            if level == "FULL":
-                self._check_file()
+            durable = any(write.step is add_step for write in writes)
+            level = "FULL" if durable else "NORMAL"
             if level != self._synchronous:
-                self._set_synchronous(level)
-            self._do_all(writes)
+                self._writer.execute(f"PRAGMA synchronous = {level}")
+                self._synchronous = level
+            if durable:
+                self._check_file()
+            # One statement needs no transaction, and costs less without.
+            alone = len(writes) == 1 and isinstance(writes[0].step, str)
+            if not alone:
+                self._execute("BEGIN IMMEDIATE", {})
+            for write in writes:
+                write.result = self._execute(write.step, write.values)
+            if not alone:
+                self._writer.execute("COMMIT")
         except Exception as error:
             with suppress(sqlite3.Error):
                 self._writer.rollback()
@@ -422,23 +386,13 @@ class SQLiteStore(Store):
         for write in writes:
             write.done = True
 
-    def _do_all(self, writes: list[PendingWrite]) -> None:
-        alone = len(writes) == 1 and writes[0].lone  # needs no BEGIN, so costs less
-        if not alone:
-            self._execute_retrying("BEGIN IMMEDIATE")
-        for write in writes:
-            write.result = run_step(write.step, self._execute, write.values)
-        if not alone:
-            self._writer.execute("COMMIT")
-
     def _read(self, name: str, values: Data) -> Rows:
         if not self._read_lock.acquire(timeout=BUSY_TIMEOUT):
             raise StoreError("the database cannot be read: it is busy")
         try:
             self._check_file()
-            return self._reader.execute(
-                self._sql[name], {**values, "now": time.time()}
-            ).fetchall()
+            values = {**values, "now": time.time()}
+            return self._reader.execute(self._sql[name], values).fetchall()
         except sqlite3.Error as error:
             raise StoreError(f"the database cannot be read: {error}") from None
         finally:
@@ -465,6 +419,31 @@ class SQLiteStore(Store):
         with self._write_lock, self._read_lock:
             self._writer.close()
             self._reader.close()
+
+
+def storable(text: str) -> str:
+    """Return a text without what a database cannot hold: NUL, half a surrogate pair."""
+    if text.isascii() and "\0" not in text:
+        return text
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+
+
+def _held(claim: Claim, **values: Any) -> Data:
+    """Return the values that name a claim, and others."""
+    key = {"conversation": claim.conversation, "token": claim.token}
+    return {"seq": claim.seq, **key, **values}
+
+
+def _dump(value: Any) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def _load(text: str | None) -> Any:
+    """Return what a text of JSON holds, None if there is none or it is broken."""
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return None
 
 
 # The state of a message is `open`, `done` (remembered), `gone` (only its id is left) or
@@ -512,10 +491,11 @@ SQL = {
     # Keep a message, unless it is known or a limit is reached.
     "insert": """INSERT INTO message
             (id, conversation, asker, data, reply, remember, accepted)
-        SELECT :id, :conversation, nullif(:asker, ''), :data, :reply, :remember, {now}
+        SELECT :id, :conversation, nullif(:asker, ''), :data, :reply,
+            CASE WHEN :reply IS NULL THEN 1 ELSE 0 END, {now}
         WHERE :open <= :room AND :rate > (SELECT count(*) FROM message
             WHERE asker = :asker AND accepted BETWEEN {now} - :minute AND {now})
-        ON CONFLICT (id) DO NOTHING""",
+        ON CONFLICT (id) DO NOTHING RETURNING 1""",
     # Count a message out that was not kept.
     "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",
     "known": "SELECT 1 FROM message WHERE id = :id",
@@ -526,7 +506,7 @@ SQL = {
         WHERE name = (SELECT name FROM conversation WHERE due <= {now}
             ORDER BY due LIMIT 1 {skip_locked})
         RETURNING name, attempts""",
-    "oldest": """SELECT seq, id, conversation, data, reply, progress, accepted
+    "oldest": """SELECT seq, id, data, reply, progress, accepted
         FROM message WHERE conversation = :conversation AND state = 'open'
         ORDER BY seq LIMIT 1""",
     # Prolong leases, and say which of them still are.
@@ -541,12 +521,13 @@ SQL = {
             remember = CASE WHEN :reply IS NULL THEN remember ELSE :remember END,
             progress = coalesce(:progress, progress)
         WHERE seq = :seq
-            AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})""",
+            AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})
+        RETURNING 1""",
     # End a claim: of a conversation's only open message, or of one of several.
-    "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1",
+    "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
     "free": f"""UPDATE conversation
         SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0
-        WHERE {_HELD}""",
+        WHERE {_HELD} RETURNING 1""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,
             state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,
             data = CASE WHEN remember = 1 AND reply <> '' THEN data END,
@@ -558,42 +539,31 @@ SQL = {
             attempts = attempts - :uncounted
         WHERE {_HELD}""",
     "cancel": """UPDATE conversation SET cancelled = 1
-        WHERE name = :conversation AND token IS NOT NULL""",
+        WHERE name = :conversation AND token IS NOT NULL RETURNING 1""",
     "history": """SELECT data, reply FROM message
         WHERE conversation = :conversation AND state = 'done'
         ORDER BY seq DESC LIMIT :limit""",
     "forget": """UPDATE message SET state = 'gone',
             data = NULL, reply = NULL, progress = NULL, reason = NULL
         WHERE conversation = :conversation AND state IN ('done', 'failed')""",
-    # Look at the next messages: the last of them, and how many ended long ago.
-    "page": """SELECT max(seq), count(CASE WHEN ended < {now} - :age THEN 1 END)
-        FROM (SELECT seq, ended FROM message WHERE seq > :after
-            ORDER BY seq LIMIT :batch) AS page""",
+    "span": """SELECT coalesce((SELECT min(seq) FROM message), 0),
+        coalesce((SELECT max(seq) FROM message), 0)""",
     "prune": """DELETE FROM message WHERE ended < {now} - :age
-        AND seq > :after AND seq <= :last""",
-    "load": """SELECT coalesce(sum(open), 0), count(token),
-            coalesce(sum(CASE WHEN due <= {now} THEN 1 ELSE 0 END), 0)
+        AND seq > :after AND seq <= :last RETURNING 1""",
+    "load": """SELECT coalesce(sum(open), 0) - count(token), count(token),
+            count(CASE WHEN due <= {now} THEN 1 END)
         FROM conversation""",
     "stats": """SELECT (SELECT count(*) FROM message WHERE state = 'failed'),
-        (SELECT {now} - min(message.accepted) FROM conversation CROSS JOIN message
-            WHERE conversation = name AND state = 'open')""",
-    "failed": """SELECT seq, id, reason, {now} - ended FROM message
-        WHERE state = 'failed' ORDER BY seq""",
-    # Open failed messages again; their age counts from now.
+        coalesce((SELECT {now} - min(message.accepted)
+            FROM conversation CROSS JOIN message
+            WHERE conversation = name AND state = 'open'), 0)""",
+    "failed": """SELECT seq, id, reason, {now} - ended, conversation
+        FROM message WHERE state = 'failed' ORDER BY seq""",
+    # Open a failed message again; its age counts from now.
     "reopen": """UPDATE message
         SET state = 'open', accepted = {now}, ended = NULL, reason = NULL
-        WHERE state = 'failed' AND (:every = 1 OR CAST(seq AS TEXT) IN ({each}(:seqs)))
-        RETURNING conversation""",
-    "reenter": """INSERT INTO conversation (name, open, due)
-        SELECT value, count(*), {now} FROM ({each}(:names)) AS names WHERE true
-        GROUP BY value
-        ON CONFLICT (name) DO UPDATE SET open = conversation.open + excluded.open""",
+        WHERE seq = :seq AND state = 'failed' RETURNING 1""",
 }
-
-
-def run_step(step: str | Step, execute: Execute, values: Data) -> Any:
-    """Do a statement by its name, or a step of several."""
-    return execute(step, values) if isinstance(step, str) else step(execute, values)
 
 
 def add_step(execute: Execute, values: Data) -> Added:
@@ -608,23 +578,6 @@ def add_step(execute: Execute, values: Data) -> Added:
     return Added.QUEUE_FULL if open > values["room"] else Added.RATE_LIMITED
 
 
-def claim_step(execute: Execute, values: Data) -> tuple[int, Any] | None:
-    """Take a conversation and read its oldest message.
-
-    That is a statement of its own, so that it sees what ended a moment ago. No message
-    of a conversation ends while another worker holds it.
-    """
-    for name, attempts in execute("take", values):
-        return attempts, execute("oldest", {"conversation": name})[0]
-    return None
-
-
-def heartbeat_step(execute: Execute, values: Data) -> Rows:
-    """Prolong leases, and repair what a clock that was set back has left."""
-    execute("repair", values)
-    return execute("heartbeat", values)
-
-
 def end_step(execute: Execute, values: Data) -> bool:
     """Free the conversation, then end the message; nothing if the claim was lost."""
     if not (execute("free_only", values) or execute("free", values)):
@@ -633,11 +586,14 @@ def end_step(execute: Execute, values: Data) -> bool:
     return True
 
 
-def retry_step(execute: Execute, values: Data) -> int:
-    """Open the messages again and count them in."""
-    names = [name for (name,) in execute("reopen", values)]
-    execute("reenter", {"names": json.dumps(names)})
-    return len(names)
+def retry_step(execute: Execute, values: Data) -> bool:
+    """Count the message in and open it; count it out if another process was faster."""
+    execute("enter", values)
+    if execute("reopen", values):
+        return True
+    execute("leave", values)
+    execute("drop", values)
+    return False
 
 
 def _migrate(file: sqlite3.Connection, schema: str) -> None:
@@ -645,7 +601,7 @@ def _migrate(file: sqlite3.Connection, schema: str) -> None:
     is_old = "SELECT 1 FROM pragma_table_info('message') WHERE name = 'due'"
     if not file.execute(is_old).fetchall():
         return
-    file.execute(f"PRAGMA busy_timeout = {MIGRATION_TIMEOUT * 1000:.0f}")
+    file.execute("PRAGMA busy_timeout = 60000")  # milliseconds
     file.execute("BEGIN IMMEDIATE")
     if file.execute(is_old).fetchall():  # no other process was faster
         for statement in _FROM_VERSION_1.format(schema=schema).split(";\n"):
@@ -654,9 +610,7 @@ def _migrate(file: sqlite3.Connection, schema: str) -> None:
 
 
 # Messages that only told a user of a limit are not told again.
-_FROM_VERSION_1 = """DROP TRIGGER IF EXISTS message_ends;
-DROP INDEX IF EXISTS message_ended;
-DROP INDEX IF EXISTS message_asked;
+_FROM_VERSION_1 = """DROP INDEX IF EXISTS message_asked;
 ALTER TABLE message RENAME TO message_1;
 {schema}
 INSERT INTO message (seq, id, conversation, state, data, reply, progress, remember,
