@@ -19,7 +19,8 @@ from replies import PlainReply, split
 from tim import PAUSES, IMError, Json, chat_fields, message_body, text_element
 
 OPENING = -1  # instead of a part's number
-KEEP_ALIVE = 8.0  # seconds without a chunk; Tencent closes a stream after 15
+# Seconds without a chunk; Tencent closes a stream after 15.
+KEEP_ALIVE, SURELY_OPEN = 8.0, 14.0
 # Chunks of a stream are numbered from 1. A last chunk that has to be the same at each
 # try, also by a process that does not know what was sent before, begins here.
 ORPHANED, GIVEN_UP = 100_000, 200_000
@@ -205,7 +206,6 @@ class StreamReply(GrowingReply):
         If nobody knows whether Tencent took the end, it is sent once more: it may be
         shown twice, but it is shown.
         """
-        fresh = time.monotonic() - self._confirmed < KEEP_ALIVE
         try:
             if self._pending is not None:
                 self._push(self._pending, waits=PAUSES)
@@ -214,6 +214,7 @@ class StreamReply(GrowingReply):
             self._push(rest, last=True, waits=PAUSES)
             return fits
         except IMError as error:
+            fresh = time.monotonic() - self._confirmed < SURELY_OPEN
             if error.may_have_arrived and fresh and not error.retry:
                 return True  # an earlier try has closed the stream
             raise

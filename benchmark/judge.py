@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import zip_longest
 
 from commands import TEXTS
 from simulator import Delivered
@@ -33,7 +34,8 @@ def judge(chat: Chat, shown: list[Delivered]) -> Counter[str]:
     A text that names no question but says that the AI failed counts as the answer to
     one of the questions between those its neighbours name.
     """
-    numbers = [number for m in shown if (number := number_of(m)) is not None]
+    whole = [m for m, after in zip_longest(shown, shown[1:]) if not begins(m, after)]
+    numbers = [number for m in whole if (number := number_of(m)) is not None]
     named, previous, silent = {*numbers} - {0}, 0, 0
     found = Counter({"left open": sum(not message.closed for message in shown)})
     found["twice"] = len(numbers) - numbers.count(0) - len(named)
@@ -51,6 +53,16 @@ def judge(chat: Chat, shown: list[Delivered]) -> Counter[str]:
     order = [message.number for message in shown if not chat.group]
     found["misordered"] += order != sorted(order)
     return found
+
+
+def begins(message: Delivered, after: Delivered | None) -> bool:
+    """Return whether a text is the beginning of the next.
+
+    So it is if Tencent closed the stream of a process that died before it could be
+    said that the answer follows once more.
+    """
+    begun, whole = message.text, after.text if after else ""
+    return begun not in ("", whole) and whole.startswith(begun)
 
 
 def number_of(message: Delivered) -> int | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 
+import growing
 from conftest import STORY, Caller, idle, poll
 from growing import CardReply, EditedReply, StreamReply
 from test_replies import (
@@ -97,6 +100,25 @@ def test_a_stream_that_a_dead_process_began_does_not_swallow_the_answer(sim, die
     make_reply(sim, StreamReply, progress=saved, saved=saved).close("the answer")
     assert "the answer" in sim.delivered[-1].text
     assert all(message.closed for message in sim.delivered)
+
+
+def test_a_stream_that_tencent_closed_in_a_pause_swallows_no_answer(sim, monkeypatch):
+    """The process stands still after the first try, which did not arrive."""
+    stream, left = make_reply(sim, StreamReply), ["lost"]
+    stream.open()
+    real, paused = time.monotonic, []
+    clock = SimpleNamespace(monotonic=lambda: real() + 20 * len(paused))
+    monkeypatch.setattr(growing, "time", clock)
+
+    def fault(command, body):
+        if left:
+            paused.append(True)
+            sim.delivered[0].time -= 20
+        return left and left.pop()
+
+    sim.fault = fault
+    stream.close("the answer")
+    assert sim.delivered[-1].text == "the answer" and sim.delivered[0].closed
 
 
 @each_mode
