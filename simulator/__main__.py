@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 import requests
 
 from .ai import actor
-from .bot import bot_settings, interrupt_on_signals, running
+from .bot import ROOT, bot_settings, interrupt_on_signals, running
 from .page import PACE
 from .standin import Simulator
 
@@ -69,7 +69,8 @@ def type_on(simulator: Simulator) -> None:
 def demo_settings(environment: Mapping[str, str]) -> tuple[dict[str, str], str]:
     """Return the bot's settings, and the name of the AI service if it is a real one."""
     chinese = environment.get("LANG", "").startswith("zh")
-    settings = {"REPLY_MODE": "custom", "BOT_LANGUAGE": "zh" if chinese else "en"}
+    mode = "custom" if ROOT.joinpath("growing.py").exists() else "whole"
+    settings = {"REPLY_MODE": mode, "BOT_LANGUAGE": "zh" if chinese else "en"}
     for name, value in environment.items():
         if value and (name in SETTINGS or name.startswith("AI_")):
             settings[name] = value
