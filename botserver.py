@@ -189,6 +189,7 @@ class Bot:
                 return self._give_up(
                     job, f"its work was cut short {MAX_ATTEMPTS} times"
                 )
+            self._forget_unsure(job)
             said = self._saved(job) or self._say(job)
             asked = time.monotonic()
             if text := said.shown():
@@ -352,16 +353,20 @@ class Bot:
             return self._give_up(job, str(error))
         delay = min(60.0, max(1.0, now - since))
         logger.warning("%s; trying again in %.0f s: %s", claim.id, delay, error)
-        part, unsure = str(progress.get("sent", 0)), progress.setdefault("unsure", {})
-        if error.may_have_arrived:
-            unsure.setdefault(part, now)
-        known = KNOWN_GROUP if job.message.group else KNOWN_C2C
-        if part in unsure and now + delay > unsure[part] + known:
-            logger.warning("%s counts as sent, but was not confirmed", claim.id)
-            del unsure[part]
-            job.reply.assume_sent()
+        if error.may_have_arrived and progress.get("at") is not None:
+            progress.setdefault("unsure", {}).setdefault(str(progress["at"]), now)
         self._note(job.work, progress)
         self.workers.when_store_works(self.store.release, claim, delay)
+
+    def _forget_unsure(self, job: Job) -> None:
+        """Count as sent what may have arrived, once Tencent may have forgotten it."""
+        unsure, part = job.progress.get("unsure", {}), str(job.progress.get("at"))
+        known = KNOWN_GROUP if job.message.group else KNOWN_C2C
+        age = time.time() - unsure.get(part, time.time())
+        if part in unsure and not 0 <= age <= known:  # the clock may be set back
+            logger.warning("%s counts as sent, unconfirmed", job.work.claim.id)
+            del unsure[part]
+            job.reply.assume_sent()
 
     def _give_up(self, job: Job, reason: str) -> None:
         """Tell the user that no answer comes, and leave the message to the operator."""

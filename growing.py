@@ -18,6 +18,7 @@ from typing import Any
 from replies import PlainReply, split
 from tim import PAUSES, IMError, Json, chat_fields, message_body, text_element
 
+OPENING = -1  # instead of a part's number
 KEEP_ALIVE = 8.0  # seconds without a chunk, after which one is sent
 SILENCE = 14.0  # seconds without a chunk in which Tencent surely keeps a stream open
 # Chunks of a stream are numbered from 1. A last chunk that has to be the same at each
@@ -43,9 +44,9 @@ class GrowingReply(PlainReply):
             self.keep_alive_after = math.inf
 
     def assume_sent(self) -> None:
-        if "key" in self.progress:
+        if self.progress["at"] != OPENING:
             return super().assume_sent()
-        self._note(plain=True)  # to open it once more could show it twice
+        self._note(plain=True, at=None)  # to open it once more could show it twice
 
 
 class EditedReply(GrowingReply):
@@ -59,8 +60,10 @@ class EditedReply(GrowingReply):
         with self._or_plain():
             # After a crash the same bytes are sent, and Tencent returns the same key.
             element = self.element("", finished=False)
+            self.progress["at"] = OPENING
             answer = self.client.send(self.message, element, self.order, 0, True)
-            self._note(key=answer["MsgSeq" if self.message.group else "MsgKey"])
+            key = answer["MsgSeq" if self.message.group else "MsgKey"]
+            self._note(key=key, at=None)
 
     def update(self, text: str) -> None:
         if "key" in self.progress:
@@ -142,7 +145,9 @@ class StreamReply(GrowingReply):
     def open(self) -> None:
         with self._or_plain():
             if "key" not in self.progress:
-                self._note(key=self._push("", waits=PAUSES)["StreamMsgID"])
+                self.progress["at"] = OPENING
+                key = self._push("", waits=PAUSES)["StreamMsgID"]
+                self._note(key=key, at=None)
             elif self._index == 0:  # of a dead process: nobody knows what it has said
                 self._close_with(self.replaced, ORPHANED)
                 self.progress["plain"] = True

@@ -79,7 +79,7 @@ class PlainReply:
 
     def assume_sent(self) -> None:
         """Do not repeat the call that may have arrived: Tencent would not know it."""
-        self._note(sent=self.progress.get("sent", 0) + 1)
+        self._note(sent=self.progress["at"] + 1)
 
     def _split(self, text: str) -> list[str]:
         return split(self._mention + text, self.limit)
@@ -88,6 +88,7 @@ class PlainReply:
         self.parts = len(parts)
         for number in range(max(first, self.progress.get("sent", 0)), len(parts)):
             if text := parts[number].strip("\n"):
+                self.progress["at"] = number
                 # Number 0 is that of a growing message.
                 self._send(text, number + 1, mention=number == 0)
             if number + 1 < len(parts):

@@ -20,6 +20,7 @@ import botserver
 import cli
 import simulator.tencent
 import tim
+from benchmark.stage import workers
 from botserver import REPLIES, Bot
 from commands import TEXTS
 from conftest import Caller, delta, idle, message, poll, said_to, sse
@@ -90,6 +91,8 @@ def test_a_pause_of_the_server_costs_nothing_but_time(sim, tmp_path, request, st
         poll(lambda: len(sim.ai_requests) == 12)
         os.killpg(bot.process.pid, signal.SIGSTOP)
         time.sleep(LEASE + 2)
+        os.kill(workers(bot)[0], signal.SIGCONT)  # one sees the others' claims lapsed
+        time.sleep(1)
         os.killpg(bot.process.pid, signal.SIGCONT)
         for user in users:
             sim.say(user, "@RBT#001", "three")
@@ -147,19 +150,61 @@ def say_somewhere(im, place, text="tell"):
 
 
 @pytest.mark.parametrize("place", ["one-to-one", "group"])
+@pytest.mark.parametrize(
+    ("mode", "part"),  # an edit may be made again, so its part is none
+    [
+        ("whole", "aaa"),
+        ("whole", "bbb"),
+        ("modify", "bbb"),
+        ("custom", "bbb"),
+        ("not to be opened", "aaa"),
+        ("not to be opened", "bbb"),
+    ],
+)
 def test_what_may_have_arrived_is_not_sent_beyond_tencents_window(
-    sim, make_app, short_windows, caplog, place
+    sim, make_app, short_windows, caplog, place, part, mode
 ):
-    im = Caller(sim, make_app().test_client())
+    reply_mode = "modify" if mode == "not to be opened" else mode
+    im = Caller(sim, make_app(reply_mode=reply_mode).test_client())
     sim.ai_answer = lambda messages: "a" * 8000 + "\n\n" + "b" * 8000
-    sim.fault = lambda command, body: "late" if "aaa" in str(body) else None
+
+    def fault(command, body):
+        if mode == "not to be opened" and "…" in str(body):
+            return 10004
+        return "late" if part in str(body) and "modify" not in command else None
+
+    sim.fault = fault
     say_somewhere(im, place)
-    sim.wait(2, timeout=30)
+    poll(lambda: "counts as sent" in caplog.text)
     poll(lambda: idle(im))
-    time.sleep(1)
     assert ["aaa" in m.text for m in sim.delivered] == [True, False]
-    assert "counts as sent, but was not confirmed" in caplog.text
-    assert health(im)["failed"] == 0
+    assert all(m.closed for m in sim.delivered) and health(im)["failed"] == 0
+
+
+@pytest.mark.parametrize("mode", ["whole", "modify"])
+def test_nor_is_it_sent_after_a_restart_that_comes_late(
+    sim, make_app, short_windows, mode
+):
+    app = make_app(reply_mode=mode)
+    im, faults = Caller(sim, app.test_client()), ["late"] * 3
+    sim.fault = lambda command, body: faults and faults.pop()
+    im.say("tell")
+    poll(lambda: not faults and idle(im) or health(im)["waiting"])
+    app.extensions["bot"].close(drain=1)
+    time.sleep(4)
+    im = Caller(sim, make_app(reply_mode=mode).test_client())
+    im.say("next")
+    poll(lambda: "next" in said_to(sim, "jared") and idle(im))
+    told = [m.text for m in sim.delivered if "next" not in m.text]
+    assert sum("tell" in text for text in told) == 1
+    assert len(told) == (1 if mode == "whole" else 2)  # one was only opened
+
+
+def test_the_last_try_of_an_unsure_call_is_within_tencents_window():
+    tries, pauses = len(tim.PAUSES) + 1, sum(tim.PAUSES) * 1.25
+    longest = tries * tim.CALL_TIMEOUT + pauses
+    assert botserver.KNOWN_C2C + 2 * longest < simulator.tencent.C2C_WINDOW
+    assert botserver.KNOWN_GROUP + 2 * longest < simulator.tencent.GROUP_WINDOW
 
 
 @pytest.mark.parametrize("fault", [60007, 20004])
