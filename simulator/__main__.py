@@ -111,6 +111,8 @@ def main() -> None:
     parser.add_argument("--bot", default="", metavar="URL", help="of a bot elsewhere")
     parser.add_argument("--port", type=int, help="serve here, and stay till Ctrl-C")
     options = parser.parse_args()
+    if options.port not in (None, *range(1, 65536)):
+        parser.error("--port must be a number from 1 to 65535")
     interrupt_on_signals()
     stage = demonstration(options.bot, options.port or 0)
     try:
@@ -124,6 +126,12 @@ def main() -> None:
                 type_on(simulator)
             elif options.bot or options.port:
                 threading.Event().wait()
+    except TimeoutError:
+        sys.exit("No answer came.")
+    except requests.RequestException as error:  # its text may hold a signature
+        sys.exit(f"{options.bot} cannot be called ({type(error).__name__})")
+    except OSError as error:
+        sys.exit(f"Port {options.port} cannot be served: {error.strerror}")
     except RuntimeError as error:  # the bot did not start
         sys.exit(str(error))
 
