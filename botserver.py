@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, TypeVar
@@ -40,7 +40,7 @@ from replies import PlainReply
 from session import CancelScope
 from store import MAX_ATTEMPTS, MINUTE, NO_LIMIT, Added, Store, StoreError
 from usersig import BadSignature, check_callback
-from workers import InFlight, LeaseLost, Workers
+from workers import InFlight, LeaseLost, Workers, log_failure
 
 __version__ = "1.1.0"
 OK = {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
@@ -52,6 +52,7 @@ PATIENCE_WITH_MESSAGE = 120  # the same, if it is this one message that IM refus
 # Seconds after an unsure call in which Tencent surely knows a repetition: 120 and 300,
 # less what that call and the last one may take with all their tries.
 KNOWN_C2C, KNOWN_GROUP = 50, 230
+SAVE_PATIENCE = 10.0  # seconds in which a store that is away is asked to save an answer
 DRAIN = 20.0  # seconds for answers in work when the server stops
 HISTORY_CHARACTERS = 24_000  # of old turns in one question
 
@@ -118,6 +119,8 @@ class Bot:
         retention = config.retention_days * 86400
         self.workers = Workers(store, self.answer, config.worker_threads, retention)
         self._providers: dict[Persona, Provider] = {}
+        modes = {config.reply_mode, *(p.reply_mode for p in config.robots.values())}
+        self._replies = {mode: load(REPLIES, mode) for mode in modes if mode}
 
     def provider(self, robot: str) -> Provider:
         """Return the AI service of a robot."""
@@ -156,14 +159,16 @@ class Bot:
         every = MINUTE if reason == Added.RATE_LIMITED else NOTICE_EVERY
         place = (message.robot, message.group or message.user)
         id = "\t".join((reason, *place, f"{time.time() // every:.0f}"))
-        chat, data, text = f"{chat}\tnotice", message.data(), self.texts[reason]
-        self._wake(self.store.add(id, chat, data, reply=text))
+        data = replace(message, text="", images=()).data()  # nobody needs them
+        text = self.texts[reason]
+        self._wake(self.store.add(id, f"{chat}\tnotice", data, reply=text))
 
     def _stop(self, message: tim.Message, chat: str) -> None:
         """Stop the answer of a chat. The confirmation does not wait behind it."""
         text = "" if message.kind == "stop" else self.texts["stop"]
         data, beside = message.data(), f"{chat}\tstop"
-        added = self.store.add(message.id, beside, data, reply=text)
+        room = self.config.max_waiting
+        added = self.store.add(message.id, beside, data, room=room, reply=text)
         if added == Added.NEW:
             self.workers.cancel(chat)
         self._wake(added)
@@ -201,7 +206,7 @@ class Bot:
     def _begin(self, work: InFlight) -> Job:
         message, progress = read_message(work.claim.data), dict(work.claim.progress)
         mode = self.config.persona(message.robot).reply_mode or self.config.reply_mode
-        reply: PlainReply = load(REPLIES, mode)(
+        reply: PlainReply = self._replies[mode](
             self.im,
             message,
             work.claim.seq,
@@ -246,8 +251,19 @@ class Bot:
             said = self.ask(job)
         job.progress |= {"note": said.note, "failed": said.failed}
         remember = said.remember and self.config.history_turns > 0
-        self._save(job.work, said.text, job.progress, remember)
+        self._save_patiently(job, said.text, remember)
         return said
+
+    def _save_patiently(self, job: Job, text: str, remember: bool) -> None:
+        """Save an answer, also if the store is away for a moment: it was paid for."""
+        end = time.monotonic() + SAVE_PATIENCE
+        while True:
+            try:
+                return self._save(job.work, text, job.progress, remember)
+            except StoreError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.5)
 
     def _builtin_reply(self, job: Job) -> str:
         """Return what the bot itself says; "" to ask the AI."""
@@ -267,8 +283,8 @@ class Bot:
             return command.run(commands.Chat(*where), argument)
         except StoreError:
             raise
-        except Exception:
-            logger.exception("%s: the command failed", job.work.claim.id)
+        except Exception as error:
+            log_failure(f"{job.work.claim.id}: the command", error)
             return self.texts["command_failed"]
 
     def ask(self, job: Job) -> Said:
@@ -405,7 +421,8 @@ def create_app(config: Config | None = None) -> Flask:
     set_up_logging(config.log_level)
     for line in misspelt(os.environ):
         logger.warning(line)
-    bot = Bot(config, or_exit(config.open_store), config.im_client())
+    store = or_exit(config.open_store)
+    bot = or_exit(partial(Bot, config, store, config.im_client()))
     app.extensions["bot"] = bot
     add_routes(app, bot)
     leave_on_sigterm(bot)

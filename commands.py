@@ -2,10 +2,10 @@
 
 A command is a function and a line in COMMANDS:
 
-    def dice(chat: Chat, argument: str) -> str:
+    def roll(chat: Chat, argument: str) -> str:
         return f"🎲 {random.randint(1, int(argument or 6))}"
 
-    COMMANDS["/dice"] = Command(dice, "骰子", zh="掷骰子", en="throw dice", takes="[n]")
+    "/roll": Command(roll, "掷", zh="掷骰子", en="throw a die", takes="[sides]"),
 
 It returns the answer. It gets what the user wrote after the command's name, in groups
 without the mention. A command that takes nothing is one only if it is the whole text.
@@ -74,10 +74,10 @@ def find(message: Message) -> tuple[Command, str] | None:
     """Return the command that a message is, and its argument."""
     if message.kind != "question":
         return None
-    first, _, argument = message.text.partition(" ")
+    first, argument = [*message.text.split(maxsplit=1), "", ""][:2]
     for name, command in COMMANDS.items():
         if first.lower() in (name, command.name) and (command.takes or not argument):
-            return command, argument.strip()
+            return command, argument
     return None
 
 

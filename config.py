@@ -51,9 +51,9 @@ def load(registry: Mapping[str, str], name: str) -> Any:
     """Return what a registry has under a name. Raises ConfigError."""
     try:
         return resolve_name(registry[name])
-    except ImportError as error:
-        why = f"{name} needs {error.name}, which is not installed: see requirements.txt"
-        raise ConfigError(why) from None
+    except (ImportError, AttributeError) as error:
+        where = f"{name} is {registry[name]}, which cannot be loaded"
+        raise ConfigError(f"{where}: {error}; see requirements.txt") from None
 
 
 class Kind(NamedTuple):

@@ -19,8 +19,8 @@ from replies import PlainReply, split
 from tim import PAUSES, IMError, Json, chat_fields, message_body, text_element
 
 OPENING = -1  # instead of a part's number
-# Seconds without a chunk; Tencent closes a stream after 15.
-KEEP_ALIVE, SURELY_OPEN = 8.0, 14.0
+KEEP_ALIVE = 8.0  # seconds without a chunk, after which one is sent
+SILENCE = 14.0  # seconds without a chunk in which Tencent surely keeps a stream open
 # Chunks of a stream are numbered from 1. A last chunk that has to be the same at each
 # try, also by a process that does not know what was sent before, begins here.
 ORPHANED, GIVEN_UP = 100_000, 200_000
@@ -171,11 +171,13 @@ class StreamReply(GrowingReply):
             self.keep_alive_after = math.inf
             if self._grows():
                 self.open()  # if a process died after the answer was saved
+            tried = self.progress.get("closing", 0.0)  # by a process that died
             if "key" in self.progress:
-                self._note(said=self._said, index=self._index)
+                now = {"said": self._said, "index": self._index}
+                self._note(**now, closing=time.time())
             if self._grows():
                 with self._or_plain():
-                    complete = self._complete(parts[0])
+                    complete = self._complete(parts[0], tried)
         if complete:
             return self._send_parts(parts, 1)
         # What the stream does not show goes as plain messages.
@@ -200,11 +202,11 @@ class StreamReply(GrowingReply):
             with suppress(IMError), self._or_plain():
                 self._push(text if self._pending is None else self._pending)
 
-    def _complete(self, text: str) -> bool:
+    def _complete(self, text: str, tried: float) -> bool:
         """Send the rest and close the stream; return whether it shows the text.
 
-        If nobody knows whether Tencent took the end, it is sent once more: it may be
-        shown twice, but it is shown.
+        A stream that is closed although it was not silent was closed by an earlier try.
+        If nobody knows, the rest is sent once more: shown twice is better than never.
         """
         try:
             if self._pending is not None:
@@ -213,10 +215,11 @@ class StreamReply(GrowingReply):
             rest = text.removeprefix(self._said) if fits else f"\n\n{self.replaced}"
             self._push(rest, last=True, waits=PAUSES)
             return fits
-        except IMError as error:
-            fresh = time.monotonic() - self._confirmed < SURELY_OPEN
-            if error.may_have_arrived and fresh and not error.retry:
-                return True  # an earlier try has closed the stream
+        except IMError as error:  # perhaps after a pause
+            fresh = time.monotonic() - self._confirmed < SILENCE
+            taken = time.time() - tried < SILENCE
+            if not error.retry and (taken or error.may_have_arrived and fresh):
+                return True
             raise
 
     def _close_with(self, text: str, index: int) -> None:

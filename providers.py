@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import count
@@ -84,6 +84,19 @@ ZHIPU = _kinds(  # https://docs.bigmodel.cn/cn/api/api-code
 TRACES = ("trace-id", "minimax-request-id", "x-mm-request-id", "x-request-id")
 
 
+@contextmanager
+def _as_provider_errors() -> Iterator[None]:
+    """Turn what ends a call into the ProviderError that it means."""
+    try:
+        yield
+    except CallEnded as error:
+        raise ProviderError(error.reason, "no whole answer in time") from None
+    except (OSError, HTTPError, ValueError, RecursionError) as error:
+        kind = "setup" if isinstance(error, ValueError) else "busy"
+        name = type(error).__name__  # its text may hold the key
+        raise ProviderError(kind, f"no connection, or cut: {name}") from None
+
+
 @dataclass(frozen=True)
 class Service:
     """One line of PROVIDERS."""
@@ -133,9 +146,10 @@ class Provider:
         ask, text = self.service.ask or openai_chat, ""
         for tried in count(1):
             try:
-                answer = ask(self, messages, scope, update_interval)
-                for text in filter(str.strip, answer):
-                    yield text
+                with _as_provider_errors():
+                    answer = ask(self, messages, scope, update_interval)
+                    for text in filter(str.strip, answer):
+                        yield text
                 if text:
                     return
                 raise ProviderError("empty", "the answer holds no text")
@@ -159,19 +173,12 @@ class Provider:
 
         Raises ProviderError, after the last text if the answer is not whole.
         """
-        try:
-            with self._send(path, body, scope) as response:
-                if response.status_code != 200:
-                    refusal = _json(b"".join(reads(response, scope)))
-                    raise self.error(refusal, response)
-                yield from self._texts(response, scope, update_interval)
-                _finish(response, scope)
-        except CallEnded as error:
-            raise ProviderError(error.reason, "no whole answer in time") from None
-        except (OSError, HTTPError, ValueError, RecursionError) as error:
-            kind = "setup" if isinstance(error, ValueError) else "busy"
-            name = type(error).__name__  # its text may hold the key
-            raise ProviderError(kind, f"no connection, or cut: {name}") from None
+        with self._send(path, body, scope) as response:
+            if response.status_code != 200:
+                refusal = _json(b"".join(reads(response, scope)))
+                raise self.error(refusal, response)
+            yield from self._texts(response, scope, update_interval)
+            _finish(response, scope)
 
     def _send(self, path: str, body: Json, scope: CancelScope) -> requests.Response:
         token = self.service.token(self.key)

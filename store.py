@@ -207,7 +207,8 @@ class Store:
         self._write_in_turn("release", _held(claim, delay=delay, uncounted=1 - failed))
 
     def cancel(self, conversation: str) -> bool:
-        """Ask whoever holds a claim of a conversation to stop; False if nobody does."""
+        """Stop the work on a conversation, also if it begins later; False if there is
+        none."""
         return bool(self._write("cancel", {"conversation": storable(conversation)}))
 
     def history(self, conversation: str, limit: int) -> list[tuple[Data, str]]:
@@ -481,7 +482,7 @@ CREATE INDEX IF NOT EXISTS message_asked ON message (asker, accepted)
 
 _HELD = "name = :conversation AND token = :token"
 
-# Every step that writes locks its conversation first, so no two wait for each other.
+# A step of several statements locks its conversation first: no two wait for each other.
 SQL = {
     # Count a message in. What waits for this lock gets a later seq.
     "enter": """INSERT INTO conversation (name, open, due)
@@ -539,7 +540,7 @@ SQL = {
             attempts = attempts - :uncounted
         WHERE {_HELD}""",
     "cancel": """UPDATE conversation SET cancelled = 1
-        WHERE name = :conversation AND token IS NOT NULL RETURNING 1""",
+        WHERE name = :conversation RETURNING 1""",
     "history": """SELECT data, reply FROM message
         WHERE conversation = :conversation AND state = 'done'
         ORDER BY seq DESC LIMIT :limit""",

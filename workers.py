@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,7 +48,7 @@ class InFlight:
     """A claim in the hands of a thread of this process."""
 
     claim: Claim
-    lost: bool = False  # another process has it
+    lost: bool = False  # it is left to another process
     cancel: Callable[[], None] = do_nothing  # the handler's means to end the work soon
     tick: Callable[[], None] = do_nothing  # is called every POLL seconds; may not block
 
@@ -89,18 +90,25 @@ class Workers:
                 if self._idle:
                     self._idle -= 1
                     self._wake_ups.put(None)
-                elif self._started < self.threads and not self.draining:
-                    self.in_background(self._run)
-                    self._started += 1
-                else:
+                elif not self._start_thread():
                     self._missed = True
+
+    def _start_thread(self) -> bool:
+        if self._started >= self.threads or self.draining:
+            return False
+        try:
+            self.in_background(self._run)
+        except RuntimeError:  # the system has no more
+            return False
+        self._started += 1
+        return True
 
     def cancel(self, conversation: str) -> None:
         """End the work on a conversation soon, in whichever process it is."""
-        self.store.cancel(conversation)
         for work in self._flying():
             if work.claim.conversation == conversation:
                 work.cancel()
+        self.when_store_works(self.store.cancel, conversation)
 
     def when_store_works(self, verb: Callable[..., Any], *values: Any) -> None:
         """Do a step at the store: if it does not work now, as soon as it does."""
@@ -158,13 +166,13 @@ class Workers:
         try:
             self._handle(work)
         except LeaseLost:
-            logger.warning("%s is in other hands now", claim.id)
+            logger.info("%s is left to another process", claim.id)
             self._release(work, 0.0)  # changes nothing, unless we claimed it again
         except StoreError as error:  # not the message's fault
             self._note_down(error)
             self._release(work, 1.0)
-        except Exception:
-            logger.exception("%s failed", claim.id)
+        except Exception as error:
+            log_failure(claim.id, error)
             self._release(work, 1.0, failed=True)
         finally:
             with self._lock:
@@ -191,8 +199,8 @@ class Workers:
                 self._look_after(rounds)
             except StoreError as error:
                 self._note_down(error)
-            except Exception:
-                logger.exception("the maintenance loop failed")
+            except Exception as error:
+                log_failure("the maintenance loop", error)
             rounds += 1
 
     def _look_after(self, rounds: int) -> None:
@@ -207,15 +215,20 @@ class Workers:
         self._store_down = False
         self.wake(due)
         if rounds % PRUNE_ROUNDS == 0:
-            self.in_background(self.when_store_works, self.store.prune, self.retention)
+            self.in_background(self._prune)
         for work in self._flying():
             work.tick()
+
+    def _prune(self) -> None:
+        with suppress(StoreError):  # it is done again in an hour
+            self.store.prune(self.retention)
 
     def _heartbeat(self) -> None:
         paused, works = self._since_heartbeat() > PAUSE, self._flying()
         lost, cancelled = self.store.heartbeat([work.claim for work in works])
         if paused and any(self._beat):
-            logger.warning("this process was paused, or the clock was set")
+            if not self._store_down:
+                logger.warning("this process was paused, or the clock was set")
             self._claim_from = time.monotonic() + REGAIN
         self._beat = _clocks()
         for work in works:
@@ -240,6 +253,12 @@ class Workers:
         for _ in range(self._started):
             self._wake_ups.put(None)  # its thread ends
         logger.info("stopped; %d messages were left to others", len(left))
+
+
+def log_failure(what: str, error: Exception) -> None:
+    """Log where an error came from, without its text: that may quote a message."""
+    place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    logger.error("%s failed with %s. Traceback:\n%s", what, type(error).__name__, place)
 
 
 def _clocks() -> tuple[float, float]:

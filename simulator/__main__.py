@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 import requests
 
 from .ai import actor
-from .bot import bot_settings, interrupt_on_signals, running
+from .bot import ROOT, bot_settings, interrupt_on_signals, running
 from .page import PACE
 from .standin import Simulator
 
@@ -69,7 +69,8 @@ def type_on(simulator: Simulator) -> None:
 def demo_settings(environment: Mapping[str, str]) -> tuple[dict[str, str], str]:
     """Return the bot's settings, and the name of the AI service if it is a real one."""
     chinese = environment.get("LANG", "").startswith("zh")
-    settings = {"REPLY_MODE": "custom", "BOT_LANGUAGE": "zh" if chinese else "en"}
+    mode = "custom" if ROOT.joinpath("growing.py").exists() else "whole"
+    settings = {"REPLY_MODE": mode, "BOT_LANGUAGE": "zh" if chinese else "en"}
     for name, value in environment.items():
         if value and (name in SETTINGS or name.startswith("AI_")):
             settings[name] = value
@@ -110,6 +111,8 @@ def main() -> None:
     parser.add_argument("--bot", default="", metavar="URL", help="of a bot elsewhere")
     parser.add_argument("--port", type=int, help="serve here, and stay till Ctrl-C")
     options = parser.parse_args()
+    if options.port not in (None, *range(1, 65536)):
+        parser.error("--port must be a number from 1 to 65535")
     interrupt_on_signals()
     stage = demonstration(options.bot, options.port or 0)
     try:
@@ -123,6 +126,12 @@ def main() -> None:
                 type_on(simulator)
             elif options.bot or options.port:
                 threading.Event().wait()
+    except TimeoutError:
+        sys.exit("No answer came.")
+    except requests.RequestException as error:  # its text may hold a signature
+        sys.exit(f"{options.bot} cannot be called ({type(error).__name__})")
+    except OSError as error:
+        sys.exit(f"Port {options.port} cannot be served: {error.strerror}")
     except RuntimeError as error:  # the bot did not start
         sys.exit(str(error))
 

@@ -183,7 +183,7 @@ class Tencent:
                 case "create_robot":
                     answer = self._create_robot(body)
                 case "delete_robot":
-                    if not self.robots.pop(body["Robot_Account"], None):
+                    if self.robots.pop(body["Robot_Account"], None) is None:
                         raise Refused(10004, "no such robot")
                     answer = {}
                 case _:

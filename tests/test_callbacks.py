@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import botserver
 import commands
 import tim
 from commands import TEXTS
@@ -145,7 +147,10 @@ def test_nothing_that_is_called_makes_an_error_or_costs_a_thread(sim, make_app, 
     @settings(max_examples=400, deadline=None)
     @given(
         query=st.dictionaries(
-            st.sampled_from(["CallbackCommand", "OptPlatform"]) | TEXT, TEXT, max_size=3
+            st.sampled_from(["CallbackCommand", "OptPlatform"])
+            | TEXT.filter(lambda name: name not in ("Sign", "RequestTime", "SdkAppid")),
+            TEXT,
+            max_size=3,
         ),
         body=BODIES,
     )
@@ -183,3 +188,55 @@ def test_a_command_that_fails_is_told_at_once(sim, make_app, monkeypatch, caplog
     texts = [m.text for m in sim.wait(2)]
     assert texts == ["1", TEXTS["zh"]["command_failed"]]
     assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["/divide 1", "/divide\n1", "/divide　1", "除  1"])
+def test_a_command_and_its_argument_are_parted_by_any_space(text):
+    divided = commands.Command(lambda chat, n: n, "除", zh="除", en="divide", takes="n")
+    message = tim.Message("id", "@RBT#001", "jared", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(commands.COMMANDS, "/divide", divided)
+        assert commands.find(message) == (divided, "1")
+
+
+def test_a_stop_reaches_a_question_that_still_waits(sim, make_app):
+    im = Caller(sim, make_app(worker_threads=1).test_client())
+    sim.ai_delay = 3
+    im.say("first", user="lin")
+    poll(lambda: sim.ai_requests)
+    im.say("second")
+    im.say("/stop")
+    said = [m.text for m in sim.wait(3) if m.chat == "jared"]
+    assert {*said} == {TEXTS["zh"]["stop"], TEXTS["zh"]["stopped"]}
+
+
+def test_stops_without_end_do_not_fill_the_store(sim, make_app):
+    app = make_app(max_waiting=3, worker_threads=1)
+    im, store = Caller(sim, app.test_client()), app.extensions["bot"].store
+    sim.ai_delay = 2
+    im.say("first", user="lin")
+    poll(lambda: sim.ai_requests)
+    for _ in range(20):
+        assert im.say("/stop").status_code == 200
+    assert store.stats()["waiting"] == 3
+
+
+def test_im_that_refuses_for_minutes_gets_the_answer_later(sim, make_app, monkeypatch):
+    """20004 is a sure refusal: nothing may have arrived, so nothing counts as sent."""
+    app = make_app()
+    im, store = Caller(sim, app.test_client()), app.extensions["bot"].store
+    sim.fault, clock = (lambda command, body: 20004), time.time
+    im.say("hello")
+    poll(lambda: len(sim.calls) >= 3 and store.load()[1] == 0)
+    release, delays = store.release, []
+
+    def at_once(claim, delay, failed=False):
+        delays.append(delay)
+        release(claim, 0.0, failed)
+
+    monkeypatch.setattr(store, "release", at_once)
+    monkeypatch.setattr(botserver.time, "time", lambda: clock() + 300)
+    poll(lambda: len(delays) >= 2, 30)
+    assert store.stats()["failed"] == 0 and delays[-1] == 60
+    sim.fault = lambda command, body: None
+    assert sim.wait(1)[0].text.startswith("You said: hello")

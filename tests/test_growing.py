@@ -107,7 +107,7 @@ def test_a_stream_that_tencent_closed_in_a_pause_swallows_no_answer(sim, monkeyp
     stream, left = make_reply(sim, StreamReply), ["lost"]
     stream.open()
     real, paused = time.monotonic, []
-    clock = SimpleNamespace(monotonic=lambda: real() + 20 * len(paused))
+    clock = SimpleNamespace(monotonic=lambda: real() + 20 * len(paused), time=time.time)
     monkeypatch.setattr(growing, "time", clock)
 
     def fault(command, body):
