@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from replies import PlainReply, split
-from tim import PAUSES, IMError, Json, chat_fields, message_body, text_element
+from tim import MEANING, PAUSES, IMError, Json, chat_fields, message_body, text_element
 
 OPENING = -1  # instead of a part's number
 KEEP_ALIVE = 8.0  # seconds without a chunk, after which one is sent
@@ -140,7 +140,8 @@ class StreamReply(GrowingReply):
         self._said = self.progress.get("said", "")  # and confirmed by Tencent
         self._pending: str | None = None  # sent, but not confirmed
         self._index = self.progress.get("index", 0)
-        self._confirmed = -math.inf  # when Tencent last took a chunk of ours
+        # When Tencent last took a chunk, Unix seconds.
+        self._confirmed = self.progress.get("confirmed", 0.0)
 
     def open(self) -> None:
         with self._or_plain():
@@ -171,10 +172,10 @@ class StreamReply(GrowingReply):
             self.keep_alive_after = math.inf
             if self._grows():
                 self.open()  # if a process died after the answer was saved
-            tried = self.progress.get("closing", 0.0)  # by a process that died
+            tried = "confirmed" in self.progress
             if "key" in self.progress:
                 now = {"said": self._said, "index": self._index}
-                self._note(**now, closing=time.time())
+                self._note(**now, confirmed=self._confirmed)
             if self._grows():
                 with self._or_plain():
                     complete = self._complete(parts[0], tried)
@@ -202,7 +203,7 @@ class StreamReply(GrowingReply):
             with suppress(IMError), self._or_plain():
                 self._push(text if self._pending is None else self._pending)
 
-    def _complete(self, text: str, tried: float) -> bool:
+    def _complete(self, text: str, tried: bool) -> bool:
         """Send the rest and close the stream; return whether it shows the text.
 
         A stream that is closed although it was not silent was closed by an earlier try.
@@ -216,9 +217,9 @@ class StreamReply(GrowingReply):
             self._push(rest, last=True, waits=PAUSES)
             return fits
         except IMError as error:  # perhaps after a pause
-            fresh = time.monotonic() - self._confirmed < SILENCE
-            taken = time.time() - tried < SILENCE
-            if not error.retry and (taken or error.may_have_arrived and fresh):
+            fresh = 0 <= time.time() - self._confirmed < SILENCE
+            closed = not error.retry and error.code not in MEANING
+            if closed and fresh and (tried or error.may_have_arrived):
                 return True
             raise
 
@@ -247,5 +248,5 @@ class StreamReply(GrowingReply):
         kind = "group" if self.message.group else "c2c"
         answer = self.client.call(f"stream_msg/send_{kind}_stream_msg", body, waits)
         self._said, self._pending = self._said + text, None
-        self._confirmed = time.monotonic()
+        self._confirmed = time.time()
         return answer

@@ -106,8 +106,8 @@ def test_a_stream_that_tencent_closed_in_a_pause_swallows_no_answer(sim, monkeyp
     """The process stands still after the first try, which did not arrive."""
     stream, left = make_reply(sim, StreamReply), ["lost"]
     stream.open()
-    real, paused = time.monotonic, []
-    clock = SimpleNamespace(monotonic=lambda: real() + 20 * len(paused), time=time.time)
+    real, paused = time.time, []
+    clock = SimpleNamespace(time=lambda: real() + 20 * len(paused), monotonic=real)
     monkeypatch.setattr(growing, "time", clock)
 
     def fault(command, body):
@@ -119,6 +119,32 @@ def test_a_stream_that_tencent_closed_in_a_pause_swallows_no_answer(sim, monkeyp
     sim.fault = fault
     stream.close("the answer")
     assert sim.delivered[-1].text == "the answer" and sim.delivered[0].closed
+
+
+def test_a_stream_that_was_left_to_die_before_its_end_swallows_no_answer(sim):
+    """A process was killed as it was about to send the end."""
+    saved = {}
+    stream = make_reply(sim, StreamReply, saved=saved)
+    stream.open()
+    sim.fault = lambda command, body: 60007
+    with pytest.raises(IMError):
+        stream.close("the answer")
+    sim.fault = lambda command, body: None
+    sim.delivered[0].time -= 20
+    saved["confirmed"] -= 20
+    make_reply(sim, StreamReply, progress=saved, saved=saved).close("the answer")
+    assert sim.delivered[-1].text == "the answer" and sim.delivered[0].closed
+
+
+def test_a_refusal_of_a_last_chunk_is_never_taken_for_its_success(sim):
+    stream = make_reply(sim, StreamReply)
+    stream.open()
+    faults = ["lost", 80001]
+    sim.fault = lambda command, body: faults.pop(0) if faults else word_filter("", body)
+    with refused_by_filter():
+        stream.close("this is forbidden")
+    stream.give_up(SORRY)
+    assert SORRY in sim.delivered[-1].text and all(m.closed for m in sim.delivered)
 
 
 @each_mode
