@@ -248,5 +248,6 @@ class StreamReply(GrowingReply):
         kind = "group" if self.message.group else "c2c"
         answer = self.client.call(f"stream_msg/send_{kind}_stream_msg", body, waits)
         self._said, self._pending = self._said + text, None
-        self._confirmed = time.time()
+        if self._index > 1:  # who opened it may have been another process, long ago
+            self._confirmed = time.time()
         return answer

@@ -136,6 +136,17 @@ def test_a_stream_that_was_left_to_die_before_its_end_swallows_no_answer(sim):
     assert sim.delivered[-1].text == "the answer" and sim.delivered[0].closed
 
 
+def test_a_stream_that_was_opened_twice_swallows_no_answer(sim):
+    """Tencent confirms the second opening, but the stream is as old as the first."""
+    make_reply(sim, StreamReply).open()  # and the process is killed before it saved it
+    sim.delivered[0].time -= 20
+    stream, faults = make_reply(sim, StreamReply), ["lost"]
+    stream.open()
+    sim.fault = lambda command, body: faults and faults.pop()
+    stream.close("the answer")
+    assert sim.delivered[-1].text == "the answer" and sim.delivered[0].closed
+
+
 def test_a_refusal_of_a_last_chunk_is_never_taken_for_its_success(sim):
     stream = make_reply(sim, StreamReply)
     stream.open()
