@@ -217,7 +217,8 @@ class Workers:
         if rounds % PRUNE_ROUNDS == 0:
             self.in_background(self._prune)
         for work in self._flying():
-            work.tick()
+            if not work.lost:
+                work.tick()
 
     def _prune(self) -> None:
         with suppress(StoreError):  # it is done again in an hour

@@ -184,3 +184,23 @@ def test_a_cancel_of_another_process_reaches_the_work(kept, start):
     poll(lambda: pool._in_flight)
     kept.cancel("chat of a")
     assert cancelled.wait(5)
+
+
+def test_work_that_was_lost_is_left_alone(kept, start, monkeypatch):
+    """Else it would keep a stream alive that another process writes to."""
+    add(kept, "a")
+    ticks, going = [], threading.Event()
+
+    def handle(work):
+        work.tick = lambda: ticks.append(work.lost)
+        going.wait(20)
+        raise LeaseLost
+
+    pool = start(handle)
+    poll(lambda: ticks)
+    monkeypatch.setattr(kept, "heartbeat", lambda claims: (list(claims), []))
+    poll(lambda: pool._flying()[0].lost)
+    before = len(ticks)
+    time.sleep(1.2)
+    going.set()
+    assert len(ticks) <= before + 1 and not any(ticks)
