@@ -49,11 +49,12 @@ SETTINGS = {
 
 def campaign(store: str, messages: int, seconds: float, seed: int) -> dict[str, int]:
     """Break everything while users ask; return what came of it."""
-    end, simulator = time.monotonic() + seconds, Simulator()
+    simulator = Simulator()
     with stage(store, simulator, SETTINGS) as (bot, database):
         refused = break_services(simulator, seed)
         accidents = Accidents(bot, database, seed)
         with Users(simulator) as users:
+            end = time.monotonic() + seconds  # of asking; a database starts slowly
             while users.acknowledged() < messages and time.monotonic() < end:
                 users.closing.wait(min(QUIET, end - time.monotonic()))
                 print(f"{users.acknowledged():6} {accidents.cause()}", file=sys.stderr)
