@@ -171,7 +171,7 @@ class Store:
         tokens = json.dumps([claim.token for claim in claims])
         self._write("repair", {"lease": LEASE, "longest": LONGEST_DELAY})
         values = {"lease": LEASE, "names": names, "tokens": tokens}
-        held = dict(self._write("heartbeat", values))
+        held = dict(self._write("heartbeat", values)) if claims else {}
         lost = [claim for claim in claims if claim.token not in held]
         return lost, [claim for claim in claims if held.get(claim.token)]
 

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,3 +218,15 @@ RECORDED = {
         delta((A + B)[A.index("🌏") + 1 :], "stop"),
     ),
 }
+
+
+def dribble(head, drop, tail=b""):
+    """Return a script that sends `head`, then `drop` ten times a second for long."""
+
+    def script(connection):
+        connection.sendall(head)
+        for _ in range(100):
+            connection.sendall(drop)
+            time.sleep(0.1)
+
+    return script

@@ -17,7 +17,7 @@ import pytest
 import requests
 
 import providers
-from conftest import AI_KEY, ANSWER, QUESTION, RECORDED, delta, sse
+from conftest import AI_KEY, ANSWER, QUESTION, RECORDED, delta, dribble, sse
 from providers import PROVIDERS, Provider, ProviderError
 from session import CallEnded, CancelScope, Session
 
@@ -26,18 +26,6 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 def ai_chunked(body):
     return b"%x\r\n%b\r\n" % (len(body), body)
-
-
-def dribble(head, drop, tail=b""):
-    """Return a script that sends `head`, then `drop` ten times a second for long."""
-
-    def script(connection):
-        connection.sendall(head)
-        for _ in range(100):
-            connection.sendall(drop)
-            time.sleep(0.1)
-
-    return script
 
 
 def silent(head):

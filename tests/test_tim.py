@@ -12,7 +12,7 @@ import responses
 
 import tim
 import usersig
-from conftest import APPID
+from conftest import APPID, dribble
 from simulator import KEY, c2c_event, free_port, text_body
 
 
@@ -121,26 +121,14 @@ NO_WAITS = {"waits": ()}
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
-def drip(head, drop):
-    """Return a script of a server that sends a little ten times a second, for long."""
-
-    def script(connection):
-        connection.sendall(head)
-        for _ in range(100):
-            connection.sendall(drop)
-            time.sleep(0.1)
-
-    return script
-
-
 @pytest.mark.parametrize(
     "script",
     [
-        drip(HEAD, b"X-Header: x\r\n"),
-        drip(HEAD + b"Content-Length: 9000\r\n\r\n", b" "),
-        drip(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
-        drip(HEAD + b"\r\n", b" "),
-        drip(b"", b""),
+        dribble(HEAD, b"X-Header: x\r\n"),
+        dribble(HEAD + b"Content-Length: 9000\r\n\r\n", b" "),
+        dribble(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        dribble(HEAD + b"\r\n", b" "),
+        dribble(b"", b""),
     ],
     ids=["headers", "body", "chunks", "until the end", "nothing"],
 )
