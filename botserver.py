@@ -141,7 +141,8 @@ class Bot:
         else:
             room, rate = self.config.max_waiting, self.config.rate_limit or NO_LIMIT
             data, asker = message.data(), message.user
-            added = self.store.add(message.id, chat, data, asker, room, rate)
+            limits, sent = (asker, room, rate), message.sent
+            added = self.store.add(message.id, chat, data, *limits, sent=sent)
             if added in (Added.QUEUE_FULL, Added.RATE_LIMITED):
                 self._refuse(message, chat, added)
             self._wake(added)

@@ -125,17 +125,19 @@ class Store:
         room: int = NO_LIMIT,
         rate: int = NO_LIMIT,
         reply: str | None = None,
+        sent: float = 0.0,
     ) -> Added:
         """Keep a message on disk, once however often it is delivered.
 
         It is refused if `room` messages of the conversation are open, or if `asker`,
         unless empty, added `rate` in the last MINUTE. With a `reply` there is nothing
-        to ask, and nothing of it is remembered.
+        to ask, and nothing of it is remembered. Its turn in the conversation is by
+        when it was `sent`, Unix seconds, then by when it was added.
         """
         texts = {"id": id, "conversation": conversation, "asker": asker}
         values: Data = {name: storable(text) for name, text in texts.items()}
         values |= {"data": json.dumps(data), "reply": _dump(reply)}
-        values |= {"room": room, "rate": rate, "minute": MINUTE}
+        values |= {"room": room, "rate": rate, "minute": MINUTE, "sent": sent}
         self._callbacks.append(None)
         try:
             return Added(self._write(add_step, values))
@@ -220,13 +222,25 @@ class Store:
         return [(data, reply) for data, reply in turns if data and reply]
 
     def forget(self, conversation: str) -> None:
-        """Delete every text of the answered and the failed messages of a conversation.
-        Their ids stay known."""
-        self._write_in_turn("forget", {"conversation": storable(conversation)})
+        """Delete every text of the answered and the failed messages of a conversation,
+        and what was put under its name. The ids stay known."""
+        self._write_in_turn(forget_step, {"conversation": storable(conversation)})
+
+    def put(self, name: str, value: Data) -> None:
+        """Keep a value under a name, instead of the one before."""
+        kept = {"name": storable(name), "value": json.dumps(value)}
+        self._write_in_turn("put", kept)
+
+    def get(self, name: str) -> Data | None:
+        """Return what was put under a name."""
+        rows = self._read("get", {"name": storable(name)})
+        return _load(rows[0][0]) if rows else None
 
     def prune(self, age: float) -> int:
-        """Delete what ended more than `age` seconds ago; return how many."""
+        """Delete what ended or was put more than `age` seconds ago; return how many
+        messages."""
         total = 0
+        self._write("prune_kept", {"age": age})
         [(first, last)] = self._read("span", {})
         for after in range(first - 1, last, BATCH):
             values = {"age": age, "after": after, "last": after + BATCH}
@@ -461,6 +475,7 @@ CREATE TABLE IF NOT EXISTS message (
     reply TEXT,
     progress TEXT,
     remember INTEGER NOT NULL,
+    sent DOUBLE PRECISION NOT NULL,
     accepted DOUBLE PRECISION NOT NULL,
     ended DOUBLE PRECISION,
     reason TEXT
@@ -473,8 +488,13 @@ CREATE TABLE IF NOT EXISTS conversation (
     token TEXT,
     cancelled INTEGER NOT NULL DEFAULT 0
 ){without_rowid};
+CREATE TABLE IF NOT EXISTS kept (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL,
+    put_at DOUBLE PRECISION NOT NULL
+){without_rowid};
 CREATE INDEX IF NOT EXISTS conversation_due ON conversation (due);
-CREATE INDEX IF NOT EXISTS message_of ON message (conversation, state, seq);
+CREATE INDEX IF NOT EXISTS message_of ON message (conversation, state, sent, seq);
 CREATE INDEX IF NOT EXISTS message_failed ON message (seq) WHERE state = 'failed';
 CREATE INDEX IF NOT EXISTS message_asked ON message (asker, accepted)
     WHERE asker IS NOT NULL;
@@ -491,9 +511,9 @@ SQL = {
         RETURNING open""",
     # Keep a message, unless it is known or a limit is reached.
     "insert": """INSERT INTO message
-            (id, conversation, asker, data, reply, remember, accepted)
+            (id, conversation, asker, data, reply, remember, sent, accepted)
         SELECT :id, :conversation, nullif(:asker, ''), :data, :reply,
-            CASE WHEN :reply IS NULL THEN 1 ELSE 0 END, {now}
+            CASE WHEN :reply IS NULL THEN 1 ELSE 0 END, :sent, {now}
         WHERE :open <= :room AND :rate > (SELECT count(*) FROM message
             WHERE asker = :asker AND accepted BETWEEN {now} - :minute AND {now})
         ON CONFLICT (id) DO NOTHING RETURNING 1""",
@@ -509,7 +529,7 @@ SQL = {
         RETURNING name, attempts""",
     "oldest": """SELECT seq, id, data, reply, progress, accepted
         FROM message WHERE conversation = :conversation AND state = 'open'
-        ORDER BY seq LIMIT 1""",
+        ORDER BY sent, seq LIMIT 1""",
     # Prolong leases, and say which of them still are.
     "heartbeat": """UPDATE conversation SET due = {now} + :lease
         WHERE name IN ({each}(:names)) AND token IN ({each}(:tokens))
@@ -543,10 +563,15 @@ SQL = {
         WHERE name = :conversation RETURNING 1""",
     "history": """SELECT data, reply FROM message
         WHERE conversation = :conversation AND state = 'done'
-        ORDER BY seq DESC LIMIT :limit""",
+        ORDER BY sent DESC, seq DESC LIMIT :limit""",
     "forget": """UPDATE message SET state = 'gone',
             data = NULL, reply = NULL, progress = NULL, reason = NULL
         WHERE conversation = :conversation AND state IN ('done', 'failed')""",
+    "put": """INSERT INTO kept (name, value, put_at) VALUES (:name, :value, {now})
+        ON CONFLICT (name) DO UPDATE SET value = excluded.value, put_at = {now}""",
+    "get": "SELECT value FROM kept WHERE name = :name",
+    "drop_kept": "DELETE FROM kept WHERE name = :conversation",
+    "prune_kept": "DELETE FROM kept WHERE put_at < {now} - :age",
     "span": """SELECT coalesce((SELECT min(seq) FROM message), 0),
         coalesce((SELECT max(seq) FROM message), 0)""",
     "prune": """DELETE FROM message WHERE ended < {now} - :age
@@ -587,6 +612,12 @@ def end_step(execute: Execute, values: Data) -> bool:
     return True
 
 
+def forget_step(execute: Execute, values: Data) -> None:
+    """Delete the texts of a conversation, and what was put under its name."""
+    execute("forget", values)
+    execute("drop_kept", values)
+
+
 def retry_step(execute: Execute, values: Data) -> bool:
     """Count the message in and open it; count it out if another process was faster."""
     execute("enter", values)
@@ -615,11 +646,11 @@ _FROM_VERSION_1 = """DROP INDEX IF EXISTS message_asked;
 ALTER TABLE message RENAME TO message_1;
 {schema}
 INSERT INTO message (seq, id, conversation, state, data, reply, progress, remember,
-        accepted, ended, reason)
+        sent, accepted, ended, reason)
     SELECT seq, id, conversation,
         CASE WHEN state IN ('next', 'waiting') THEN 'open' ELSE state END,
         replace(data, '"kind": "strange"', '"kind": "unsupported"'),
-        reply, progress, remember, accepted, ended, reason
+        reply, progress, remember, 0, accepted, ended, reason
     FROM message_1 WHERE conversation NOT LIKE '%' || char(9) || 'notice';
 INSERT INTO conversation (name, open, due)
     SELECT conversation, count(*), min(accepted) FROM message

@@ -115,6 +115,7 @@ class Message:
     topic: str = ""
     images: tuple[str, ...] = ()  # URLs
     kind: str = "question"  # or "stop" (a button), "unsupported" (a voice, a file)
+    sent: int = 0  # Unix seconds, by Tencent's clock
 
     def data(self) -> Json:
         """Return the fields, for the store."""
@@ -158,10 +159,8 @@ def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Mess
     rest = "\t".join((user, group, topic, *unique))
     if kind == "question" and not text and not images:
         return []
-    return [
-        Message(f"{robot}\t{rest}", robot, user, text, group, topic, images, kind)
-        for robot in robots
-    ]
+    content = (text, group, topic, images, kind, int(unique[-1]))
+    return [Message(f"{robot}\t{rest}", robot, user, *content) for robot in robots]
 
 
 def cut_mentions(text: str, names: Iterable[str]) -> str:

@@ -528,6 +528,28 @@ def test_nothing_is_left_of_a_text_that_is_not_to_be_remembered(kept, url):
     assert left == [(None, None, None)] * 2
 
 
+def test_messages_of_a_conversation_have_their_turn_by_when_they_were_sent(kept):
+    for number, sent in (("3", 30.0), ("1", 10.0), ("4", 30.0), ("2", 20.0)):
+        kept.add(number, "jared", {"text": number}, sent=sent)
+    assert [answer(kept).id for _ in range(4)] == ["1", "2", "3", "4"]
+    turns = kept.history("jared", 3)
+    assert [data["text"] for data, _ in turns] == ["2", "3", "4"]
+
+
+def test_what_was_put_under_a_name_is_there_until_it_is_forgotten_or_old(kept):
+    assert kept.get("jared") is None
+    kept.put("jared", {"id": 1})
+    kept.put("jared", {"id": "二"})
+    kept.put("lin", {})
+    assert kept.get("jared") == {"id": "二"}
+    kept.forget("jared")
+    assert kept.get("jared") is None and kept.get("lin") == {}
+    kept.prune(60)
+    assert kept.get("lin") == {}
+    kept.prune(0)
+    assert kept.get("lin") is None
+
+
 def test_forget_deletes_answers_and_failures_of_one_conversation(kept):
     put(kept, "1", "2", "3")
     put(kept, "4", "5", to="other")
