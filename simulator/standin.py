@@ -29,7 +29,8 @@ KEPT = 500  # callbacks and calls that are remembered
 class Simulator(Tencent, AIService):
     """Tencent IM and an AI service on a port of 127.0.0.1; a `with` serves it.
 
-    Callbacks go to the bot at `bot_url`. With none, users' messages are only returned.
+    Callbacks go to the bot at `bot_url`. With none, or while the bot is `unreachable`,
+    users' messages are only kept in Tencent's history and returned.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Simulator(Tencent, AIService):
         AIService.__init__(self)
         self.token = "stand-in-token"
         self.bot_url = ""
+        self.unreachable = False  # Tencent cannot reach the bot: callbacks are lost
         self.bot: BotProcess | None = None  # if it is ours
         self.ai_name = ""  # of the AI service, if it is not ours
         self.trouble = {"ai": "", "im": ""}  # what the page's user asked for
@@ -71,7 +73,8 @@ class Simulator(Tencent, AIService):
         self, user: str, group: str, text: str, robots: list[str], **fields: Any
     ) -> Json:
         """Write to a group, mentioning robots; return the callback's JSON."""
-        event = group_event(user, group, self.next_seq(), text, robots)
+        with self.changed:
+            event = group_event(user, group, self.next_seq(group), text, robots)
         return self._deliver(event | fields)
 
     def press_stop(self, message: Delivered, user: str) -> Json:
@@ -88,8 +91,10 @@ class Simulator(Tencent, AIService):
     def _deliver(self, event: Json) -> Json:
         with self.changed:
             self.said.append(event)
+            self.remember_event(event)
             self.changed.notify_all()
-        if self.bot_url and event.get("AtRobots_Account", True):
+        reachable = self.bot_url and not self.unreachable
+        if reachable and event.get("AtRobots_Account", True):
             self.callback(event).raise_for_status()
         return event
 
