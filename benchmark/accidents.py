@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from simulator import BotProcess, Simulator, ai_error
+from simulator.history import LOOKUPS
 from store import LEASE
 
 from .load import ROBOT, question
@@ -47,6 +48,7 @@ class Accidents:
             "SIGHUP": self._reload,
             "no store": self._interrupt_store,
             "pause": self._pause,
+            "unreachable": self._cut_off,
         }
         self._next: list[str] = []
 
@@ -83,6 +85,12 @@ class Accidents:
         time.sleep(PAUSE)
         os.killpg(self.bot.process.pid, signal.SIGCONT)
 
+    def _cut_off(self) -> None:
+        """Let Tencent not reach the bot for some seconds, which the bot cannot know."""
+        self.bot.simulator.unreachable = True
+        time.sleep(self.chance.uniform(1, 8))
+        self.bot.simulator.unreachable = False
+
     def _interrupt_store(self) -> None:
         self.database.interrupt(self.chance.uniform(1, 4))
 
@@ -108,6 +116,8 @@ def break_services(simulator: Simulator, seed: int) -> set[Any]:
             body.get("From_Account"),
             body.get("GroupId") or body["To_Account"],
         )
+        if command in LOOKUPS:
+            return chance.choice(IM_FAULTS) if chance.random() < IM_FAILS else None
         number = question(json.dumps(body["MsgBody"]))
         if number > 0 and picked(REFUSED, chat, number):
             if robot:  # else a plain message will be tried, too

@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from simulator import Simulator
+from simulator import Json, Simulator, c2c_event, group_event
 
 from .stage import MODES
 
@@ -21,21 +21,25 @@ REDELIVERED = 0.1  # share of the callbacks
 
 @dataclass(eq=False)
 class Chat:
-    """One conversation: what was asked in it, and when that was acknowledged."""
+    """One conversation: what was asked in it, and when that was acknowledged or lost.
+
+    A question is lost if its callback brought no 200.
+    """
 
     user: str
     robot: str
     group: str = ""
     asked: int = 0
     acknowledged: dict[int, float] = field(default_factory=dict)
+    lost: dict[int, float] = field(default_factory=dict)
     again: list[Any] = field(default_factory=list)  # callbacks to deliver once more
 
 
 class Users:
     """The load: every chat asks one question after the other and counts them.
 
-    A question whose callback brought no 200 is not asked again: it may be answered
-    once or never. Only callbacks that were acknowledged are delivered once more.
+    No lost question is asked again, and only callbacks that were acknowledged are
+    delivered once more: the bot has to look up the rest.
     """
 
     def __init__(self, simulator: Simulator) -> None:
@@ -72,28 +76,39 @@ class Users:
         """Return how many of them were acknowledged."""
         return sum(len(chat.acknowledged) for chat in self.chats)
 
+    def lost(self) -> int:
+        """Return how many of them were lost."""
+        return sum(len(chat.lost) for chat in self.chats)
+
     def _ask_on(self, number: int) -> None:
         mine, chance = self.chats[number::SENDERS], random.Random(number)
         while not self.closing.is_set():
             late = self.acknowledged() - len(self.simulator.delivered) > BACKLOG
             try:
-                if not late:
-                    self._ask(chance.choice(mine), chance)
+                late = late or not self._ask(chance.choice(mine), chance)
             except requests.RequestException:
                 late = True
             if late:
                 self.closing.wait(0.1)
 
-    def _ask(self, chat: Chat, chance: random.Random) -> None:
-        chat.asked += 1
-        number, text = chat.asked, f"question [{chat.asked}]"
-        if chat.group:
-            say, place = self.simulator.say_in_group, (chat.user, chat.group)
-            event = say(*place, text, [chat.robot])
-        else:
-            event = self.simulator.say(chat.user, chat.robot, text)
+    def _ask(self, chat: Chat, chance: random.Random) -> bool:
+        """Ask the next question; return whether Tencent could tell the bot."""
+        number = chat.asked + 1
+        event = self._event(chat, f"question [{number}]")
+        chat.lost[number] = time.time()
+        chat.asked = number
+        if not self.simulator.deliver(event):
+            return False
         chat.acknowledged[number] = time.time()
+        del chat.lost[number]
         if chance.random() < REDELIVERED:
             chat.again.append(event)
         if chat.again and chance.random() < REDELIVERED:
             self.simulator.callback(chat.again.pop())
+        return True
+
+    def _event(self, chat: Chat, text: str) -> Json:
+        if not chat.group:
+            return c2c_event(chat.user, chat.robot, text)
+        seq = self.simulator.next_seq(chat.group)
+        return group_event(chat.user, chat.group, seq, text, [chat.robot])

@@ -7,6 +7,7 @@ https://www.tencentcloud.com/document/product/1047/34971 (messages of a group)
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class History:
     robots: dict[str, str]
     users: set[str]
     groups: dict[str, set[str]]
+    changed: threading.Condition
 
     def __init__(self) -> None:
         self.remembers = True
@@ -85,8 +87,9 @@ class History:
 
     def next_seq(self, group: str) -> int:
         """Return the MsgSeq of the next message in a group."""
-        self._seqs[group] += 1
-        return self._seqs[group]
+        with self.changed:
+            self._seqs[group] += 1
+            return self._seqs[group]
 
     def remember_event(self, event: Json) -> None:
         """Remember what a user wrote, unless Tencent would not store it."""
