@@ -60,7 +60,7 @@ def campaign(store: str, messages: int, seconds: float, seed: int) -> dict[str, 
                 users.closing.wait(min(QUIET, end - time.monotonic()))
                 print(f"{users.acknowledged():6} {accidents.cause()}", file=sys.stderr)
         left, failed = settle(bot)
-        found = judge_all(users.chats, simulator.delivered)
+        found = judge_all(users.chats, simulator.delivered, accidents.outages)
         found["left in the store"] = left
         found["failed unduly"] = max(0, failed - len(refused))
     return {

@@ -11,7 +11,7 @@ from commands import TEXTS
 from simulator import Delivered
 
 from .load import question
-from .users import Chat
+from .users import Chat, Outages
 
 REPLACED = TEXTS["en"]["replaced"]
 OWN_WORDS = "|".join(re.escape(text) for text in {*TEXTS["en"].values()} - {REPLACED})
@@ -50,8 +50,13 @@ class Answer:
         return begun.startswith(whole) or whole.startswith(begun)
 
 
-def judge_all(chats: list[Chat], delivered: list[Delivered]) -> Counter[str]:
-    """Count what is wrong with the answers of all conversations."""
+def judge_all(
+    chats: list[Chat], delivered: list[Delivered], outages: Outages = ()
+) -> Counter[str]:
+    """Count what is wrong with the answers of all conversations.
+
+    Questions whose callback was lost in one of the `outages` have to be answered, too.
+    """
     shown: dict[tuple[str, str], list[Delivered]] = {}
     for message in delivered:
         shown.setdefault((message.chat, message.robot), []).append(message)
@@ -61,7 +66,7 @@ def judge_all(chats: list[Chat], delivered: list[Delivered]) -> Counter[str]:
         begun = answers_of(chat, messages)
         pairs = zip_longest(begun, begun[1:])
         answers = [one for one, after in pairs if not one.is_replaced(after)]
-        found.update(judge(chat, answers))
+        found.update(judge(chat, answers, chat.owed(outages)))
         found["begun again"] += len(begun) - len(answers)
         found["left open"] += sum(not message.closed for message in messages)
         found["misordered"] += not chat.group and not in_order(messages)
@@ -99,8 +104,8 @@ def fits(chat: Chat, text: str) -> bool:
     return not end or end != rest and any(whole.startswith(end) for whole in ENDS)
 
 
-def judge(chat: Chat, answers: list[Answer]) -> Counter[str]:
-    """Count what is wrong with the answers of one conversation.
+def judge(chat: Chat, answers: list[Answer], owed: set[int]) -> Counter[str]:
+    """Count what is wrong with the answers of one conversation, which are owed.
 
     A text that names no question but says that the AI failed counts as the answer to
     one of the questions between those its neighbours name. Mangled are answers that
@@ -119,7 +124,7 @@ def judge(chat: Chat, answers: list[Answer]) -> Counter[str]:
             continue
         gap = set(range(previous + 1, number)) - named
         found["misordered"] += number < previous
-        found["lost"] += max(0, len(gap & chat.acknowledged.keys()) - silent)
+        found["lost"] += max(0, len(gap & owed) - silent)
         found["twice"] += max(0, silent - len(gap))
         found["answered"] += min(silent, len(gap))
         previous, silent = number, 0

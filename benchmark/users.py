@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ from .stage import MODES
 USERS, GROUPS, SENDERS = 60, 20, 16
 BACKLOG = 600  # messages not answered yet, at which users hold back
 REDELIVERED = 0.1  # share of the callbacks
+
+Outages = Sequence[tuple[float, float]]  # when they began and ended, Unix seconds
 
 
 @dataclass(eq=False)
@@ -32,7 +35,21 @@ class Chat:
     asked: int = 0
     acknowledged: dict[int, float] = field(default_factory=dict)
     lost: dict[int, float] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)  # of those: the bot said so
     again: list[Any] = field(default_factory=list)  # callbacks to deliver once more
+
+    def owed(self, outages: Outages) -> set[int]:
+        """Return the questions that have to be answered.
+
+        They are those that were acknowledged, and those that the bot has to look up:
+        it refused the callback, or was not there for so long that it looks.
+        """
+        missed = {
+            number
+            for number, at in self.lost.items()
+            if any(began <= at <= ended for began, ended in outages)
+        }
+        return {*self.acknowledged, *self.refused, *missed}
 
 
 class Users:
@@ -97,8 +114,12 @@ class Users:
         event = self._event(chat, f"question [{number}]")
         chat.lost[number] = time.time()
         chat.asked = number
-        if not self.simulator.deliver(event):
-            return False
+        try:
+            if not self.simulator.deliver(event):
+                return False
+        except requests.HTTPError:
+            chat.refused.add(number)
+            raise
         chat.acknowledged[number] = time.time()
         del chat.lost[number]
         if chance.random() < REDELIVERED:
