@@ -51,7 +51,7 @@ class Answer:
 
 
 def judge_all(
-    chats: list[Chat], delivered: list[Delivered], outages: Outages = ()
+    chats: list[Chat], delivered: list[Delivered], outages: Outages | None = None
 ) -> Counter[str]:
     """Count what is wrong with the answers of all conversations.
 

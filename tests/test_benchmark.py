@@ -83,17 +83,16 @@ BUSY = "The AI service is busy. Please try again in a moment."
 AGAIN = "\n\n(The answer was cut. Here it is again.)"
 
 
-def judged(*shown, asked=2, group=""):
+def judged(*shown, chat=None, group="", outages=None):
     """Return what the judge finds if these texts are shown, a "~" begins a stream."""
-    chat, stream = Chat("jared", "@RBT#x", group, asked), [{"MsgType": "TIMStreamElem"}]
-    chat.acknowledged = dict.fromkeys(range(1, asked + 1), 0.0)
-    delivered = []
+    chat = chat or Chat("jared", "@RBT#x", group, 2, {1: 0.0, 2: 0.0})
+    stream, delivered = [{"MsgType": "TIMStreamElem"}], []
     for number, text in enumerate(shown):
         body = {"MsgBody": stream if text[:1] == "~" else text_body(text)}
         message = Delivered("@RBT#x", group or "jared", number, body)
         message.show(text.removeprefix("~"), closed=True)
         delivered.append(message)
-    found = judge_all([chat], delivered)
+    found = judge_all([chat], delivered, outages)
     unasked = ("slowest", "begun again")
     return {name: n for name, n in found.items() if n and name not in unasked}
 
@@ -152,6 +151,27 @@ def test_the_judge_knows_answers_in_groups():
     assert found == GOOD | {"mangled": 1}
 
 
+@pytest.mark.parametrize(
+    ("outages", "shown", "found"),
+    [
+        (None, [said(1)], {"answered": 1}),  # it cannot look anything up
+        ([], [said(1)], {"answered": 1, "lost": 1}),  # what it refused
+        ([(40, 60)], [said(1)], {"answered": 1, "lost": 2}),
+        ([(10, 20), (40, 60)], [said(1), said(3)], GOOD | {"caught up": 1, "lost": 1}),
+        ([(40, 60)], [said(1), BUSY, said(3)], {"answered": 3, "caught up": 1}),
+        (
+            [],
+            [said(1), said(3), said(2)],
+            {"answered": 3, "misordered": 1, "caught up": 2},
+        ),
+        ([], [said(1), said(2), said(3)], {"answered": 3, "caught up": 2}),
+    ],
+)
+def test_the_judge_knows_what_has_to_be_looked_up(outages, shown, found):
+    chat = Chat("jared", "@RBT#x", "", 3, {1: 40.0}, {2: 50.0, 3: 70.0}, {3})
+    assert judged(*shown, chat=chat, outages=outages) == found
+
+
 def test_the_judge_sorts_as_a_client_does():
     """Two answers of one second stand in the order of their MsgSeq."""
     chat = Chat("jared", "@RBT#x", "", 2, {1: 0.0, 2: 0.0})
@@ -168,7 +188,7 @@ def test_a_short_campaign_ends_with_zeros(store, request):
     if store == "postgres":
         request.getfixturevalue("postgres")
     # With this seed the database goes away.
-    words = f"-m benchmark.faults --store {store} --seconds 3 --seed 7"
+    words = f"-m benchmark.faults --store {store} --seconds 3 --seed 26"
     done = subprocess.run(
         [sys.executable, *words.split()],
         cwd=HERE,
