@@ -198,7 +198,7 @@ def test_a_short_campaign_ends_with_zeros(store, request):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     title, *lines = done.stdout.splitlines()
-    assert title == f"faults, store {store}, seed 7"
+    assert title == f"faults, store {store}, seed 26"
     found = {line[:24].strip(): int(line[24:].replace(",", "")) for line in lines}
     assert found["no store"] == 1
     assert found["answered"] >= found["acknowledged"] > 100
