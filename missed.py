@@ -177,19 +177,21 @@ class Missed:
         begun = claim.reply is not None or claim.progress
         if not window or begun or message.topic:
             return False
-        new = self._add_task(window, message, claim.conversation)
-        if new:
+        first = self._add_task(window, message, claim.conversation)
+        if first:
             self.store.release(claim, 0.0)
             self.workers.wake()
-        return new
+        return first
 
     def _add_task(self, window: Json, chat: Message, conversation: str) -> bool:
-        """Have a conversation looked up, unless it was in this window."""
+        """Have a conversation looked up, unless it was in this window; return whether
+        that is still to be done."""
         id, since = f"{window['id']}\t{conversation}", window["since"]
-        if self.store.state(id):
-            return False
-        task = replace(chat, id=id, text="", images=(), kind="missed", sent=since)
-        return self.store.add(id, conversation, task.data()) == Added.NEW
+        state = self.store.state(id)
+        if state is None:
+            task = replace(chat, id=id, text="", images=(), kind="missed", sent=since)
+            self.store.add(id, conversation, task.data())
+        return state in (None, "open")
 
     def run(self, work: InFlight, message: Message) -> None:
         """Do a job or a task."""
