@@ -152,6 +152,8 @@ class Bot:
         elif commands.is_stop(message):
             self._stop(message, chat)
         else:
+            if self.missed:
+                self.missed.guard(message, chat)
             added = self._add(message, chat)
             if added in (Added.QUEUE_FULL, Added.RATE_LIMITED):
                 self._refuse(message, chat, added)
@@ -230,13 +232,22 @@ class Bot:
 
     def _missed_first(self, job: Job) -> bool:
         """Look up what was missed, if that is the work, or has to come before it."""
-        work, message = job.work, job.message
-        if message.kind != "missed":
-            return self.missed is not None and self.missed.comes_first(work, message)
-        if self.missed and not work.claim.spent:
-            self.missed.run(work, message)
-        else:
-            self.workers.when_store_works(self.store.finish, work.claim)
+        message, claim = job.message, job.work.claim
+        if message.kind == "missed":
+            if self.missed and not claim.spent:
+                self.missed.run(job.work, message)
+            else:
+                self.workers.when_store_works(self.store.finish, claim)
+            return True
+        begun = claim.reply is not None or claim.progress
+        if (
+            begun
+            or not self.missed
+            or not self.missed.guard(message, claim.conversation)
+        ):
+            return False
+        self.store.release(claim, 0.0)
+        self.workers.wake()
         return True
 
     def _begin(self, work: InFlight) -> Job:
