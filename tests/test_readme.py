@@ -21,7 +21,7 @@ OPERATIONS = [HERE / "docs/operations.md", HERE / "docs/operations.zh-CN.md"]
 PAGES = [*READMES, *SETTINGS, *OPERATIONS]
 OPTIONS = "--worker-class gthread --threads 8 --timeout 90 --graceful-timeout 25"
 OPTIONS += " --keep-alive 100"
-OPTIONAL = ["growing.py", "postgres.py", "cli.py"]  # and simulator/, benchmark/
+OPTIONAL = ["growing.py", "postgres.py", "missed.py", "cli.py"]  # and simulator/, benchmark/
 
 
 def name(page):
