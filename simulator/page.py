@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
 from contextlib import suppress
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import requests
 
 from .ai import ai_error
-from .messages import Json, name_of
+from .messages import Json, name_of, text_body
 
 if TYPE_CHECKING:
     from .standin import Simulator
@@ -44,15 +45,20 @@ def news(simulator: Simulator, seen: dict[str, Json]) -> list[Json]:
 
 
 def _unseen(simulator: Simulator, seen: dict[str, Json]) -> list[Json]:
-    items = [_about(simulator), *simulator.wire]
-    items += [{"id": name_of(event), "event": event} for event in simulator.said]
+    items = [_about(simulator), *simulator.warned, *simulator.calls_on_wire()]
+    for event in simulator.said:
+        name = name_of(event)
+        called = name in simulator.called
+        items.append({"id": name, "event": event, "called": called})
     for number, message in list(enumerate(simulator.delivered))[-SHOWN:]:
         shown = {k: v for k, v in vars(message).items() if k not in UNSHOWN}
-        items.append({"id": f"answer {number}", "answer": number, **shown})
+        shown |= {"answer": number, "of": simulator.question_of(message.body)}
+        items.append({"id": f"answer {number}", **shown})
     return [item for item in items if seen.get(item["id"]) != item]
 
 
 def _about(simulator: Simulator) -> Json:
+    settings = simulator.bot.env if simulator.bot else {}
     return {
         "id": "about",
         "run": f"{id(simulator)} {os.getpid()}",
@@ -62,7 +68,8 @@ def _about(simulator: Simulator) -> Json:
         "bot": simulator.bot_url,
         "ai": simulator.ai_name,
         "modes": REPLY_MODES if simulator.bot else (),
-        "mode": simulator.bot.env.get("REPLY_MODE", "whole") if simulator.bot else "",
+        "mode": settings.get("REPLY_MODE", "whole") if simulator.bot else "",
+        "language": settings.get("BOT_LANGUAGE", ""),
         "trouble": dict(simulator.trouble),
     }
 
@@ -72,18 +79,24 @@ def act(simulator: Simulator, wish: Json) -> Json:
     with suppress(requests.RequestException):  # the page shows the failed call
         match wish:
             case {"say": text, "as": user, "to": to, "robots": robots}:
+                fields: Json = {"MsgBody": text_body(text)}
+                if quote := wish.get(
+                    "quote"
+                ):  # as TUIKit names the message that is replied to
+                    reply = {"messageReply": quote | {"messageType": 1, "version": 1}}
+                    fields["CloudCustomData"] = json.dumps(reply, ensure_ascii=False)
                 if to in simulator.groups:
-                    simulator.say_in_group(user, to, text, robots)
+                    simulator.say_in_group(user, to, text, robots, **fields)
                 else:
-                    simulator.say(user, to, text)
+                    simulator.say(user, to, text, **fields)
             case {"stop": number, "as": user}:
                 simulator.press_stop(simulator.delivered[number], user)
             case {"deliver": name, "note": note}:
                 [event] = [item for item in simulator.said if name_of(item) == name]
                 wrong: Json = {"Sign": "0" * 64} if note == "forged" else {}
                 simulator.callback(event, note=note, **wrong)
-            case {"trouble": {"ai": ai, "im": im}}:
-                _make_trouble(simulator, ai, im)
+            case {"trouble": {"ai": ai, "im": im, "bot": bot}}:
+                _make_trouble(simulator, ai, im, bot)
             case {"mode": mode} if simulator.bot and mode in REPLY_MODES:
                 simulator.bot.restart(REPLY_MODE=mode)
     with simulator.changed:
@@ -91,9 +104,10 @@ def act(simulator: Simulator, wish: Json) -> Json:
     return {}
 
 
-def _make_trouble(simulator: Simulator, ai: str = "", im: str = "") -> None:
-    """Make the AI "slow" or "fail", IM "busy" or "refuse", or end that."""
-    simulator.trouble = {"ai": ai, "im": im}
+def _make_trouble(simulator: Simulator, ai: str, im: str, bot: str) -> None:
+    """Make the AI "slow" or "fail", IM "busy" or "refuse", the bot "unreachable"."""
+    simulator.trouble = {"ai": ai, "im": im, "bot": bot}
+    simulator.unreachable = bot == "unreachable"
     simulator.ai_delay, simulator.ai_pace = (3.0, SLOW) if ai == "slow" else (0.0, PACE)
     broken = (500, ai_error("api_error", "a failure that was asked for (1000)"))
     code = {"busy": 90994, "refuse": 80001}.get(im)
