@@ -37,6 +37,9 @@ STORES = {  # the scheme of DATABASE_URL -> where messages wait
 COMMAND_LINE = [  # what `flask --app botserver` can do besides `run`
     "cli:COMMANDS",
 ]
+CATCHING_UP = [  # how messages are found whose callbacks failed
+    "missed:Missed",
+]
 REMOVED = {  # settings of version 1.0 -> what to write instead
     "DATABASE": "DATABASE_URL=sqlite:///botserver.db (sqlite:////… from the root)",
     "REDIS_URL": "DATABASE_URL=postgresql://user:password@host:5432/name",
@@ -191,6 +194,7 @@ class Config:
     allow_users: tuple[str, ...] = setting((), LIST)
     allow_groups: tuple[str, ...] = setting((), LIST)
     robots: dict[str, Persona] = setting(dict, PERSONAS)
+    catch_up: int = setting(3600, number(int, 0))  # seconds back; 0: not at all
     bot_language: str = setting("zh", one_of("zh", "en"))
     log_level: str = setting("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"))
 

@@ -144,6 +144,12 @@ class Store:
         finally:
             self._callbacks.pop()
 
+    def state(self, id: str) -> str | None:
+        """Return the state of a message: open, done, gone or failed; None if it was
+        never added."""
+        rows = self._read("known", {"id": storable(id)})
+        return str(rows[0][0]) if rows else None
+
     def claim(self) -> Claim | None:
         """Take the oldest open message of the conversation that is due longest.
 
@@ -519,7 +525,7 @@ SQL = {
         ON CONFLICT (id) DO NOTHING RETURNING 1""",
     # Count a message out that was not kept.
     "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",
-    "known": "SELECT 1 FROM message WHERE id = :id",
+    "known": "SELECT state FROM message WHERE id = :id",
     "drop": "DELETE FROM conversation WHERE name = :conversation AND open = 0",
     # Take the conversation that is due longest.
     "take": """UPDATE conversation

@@ -7,6 +7,7 @@ https://www.tencentcloud.com/document/product/1047/34971 (messages of a group)
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Kept:
     random: int
     body: list[Json]
     custom_data: str = ""
+    receiver_only: bool = False  # the sender's side does not have it
     recalled: bool = False
 
     def key(self) -> str:
@@ -70,6 +72,7 @@ class History:
     robots: dict[str, str]
     users: set[str]
     groups: dict[str, set[str]]
+    changed: threading.Condition
 
     def __init__(self) -> None:
         self.remembers = True
@@ -85,8 +88,9 @@ class History:
 
     def next_seq(self, group: str) -> int:
         """Return the MsgSeq of the next message in a group."""
-        self._seqs[group] += 1
-        return self._seqs[group]
+        with self.changed:
+            self._seqs[group] += 1
+            return self._seqs[group]
 
     def remember_event(self, event: Json) -> None:
         """Remember what a user wrote, unless Tencent would not store it."""
@@ -115,6 +119,7 @@ class History:
         chance = body["MsgRandom" if "MsgRandom" in body else "Random"]
         now, elements = int(message.born), body["MsgBody"]
         kept = Kept(message.robot, chat, now, message.number, chance, elements)
+        kept.receiver_only = body.get("SyncOtherMachine") == 2
         place = (chat, "") if "GroupId" in body else (message.robot, chat)
         self._remember(place, [message.robot], kept)
 
@@ -187,14 +192,19 @@ class History:
         return who | {"MsgTime": self._kept[place][-1].time, "TopFlag": 0}
 
     def _one_to_one(self, body: Json) -> Json:
-        """List the messages of a time: the newest page first, each the oldest first."""
+        """List the messages of a time: the newest page first, each the oldest first.
+
+        Operator_Account says whose side is asked, which may not have all it sent.
+        """
         robot, user = place = self._asked_for(body)
         if robot not in self.robots or user not in self.users:
             raise Refused(70107, "one of the accounts does not exist")
         count, first, last = body["MaxCnt"], body["MinTime"], body["MaxTime"]
         if count not in range(1, 101):
             raise Refused(10004, "MaxCnt is not 1 to 100")
-        kept = [k for k in self._kept.get(place, ()) if first <= k.time <= last]
+        side, all_kept = body["Operator_Account"], self._kept.get(place, ())
+        kept = [k for k in all_kept if not (k.receiver_only and k.sender == side)]
+        kept = [k for k in kept if first <= k.time <= last]
         found = sorted(kept, key=lambda one: (one.time, one.seq, one.random))
         if known := body.get("LastMsgKey"):
             keys = [one.key() for one in found]

@@ -82,6 +82,10 @@ class Delivered:
     born: float = field(default_factory=time.time)
     time: float = field(default_factory=time.time)  # of the last change
 
+    def is_stream(self) -> bool:
+        """Return whether it is a streaming message."""
+        return bool(self.body["MsgBody"][0]["MsgType"] == "TIMStreamElem")
+
     def show(self, text: str, closed: bool, failed: bool = False) -> None:
         """Change what the user sees."""
         self.text, self.closed, self.failed = text, closed, failed

@@ -63,15 +63,17 @@ class Simulator(Wire, AIService):
 
     def say(self, user: str, robot: str, text: str, **fields: Any) -> Json:
         """Write to a robot; return the callback's JSON."""
-        return self._deliver(c2c_event(user, robot, text) | fields)
+        event = c2c_event(user, robot, text) | fields
+        self.deliver(event)
+        return event
 
     def say_in_group(
         self, user: str, group: str, text: str, robots: list[str], **fields: Any
     ) -> Json:
         """Write to a group, mentioning robots; return the callback's JSON."""
-        with self.changed:
-            event = group_event(user, group, self.next_seq(group), text, robots)
-        return self._deliver(event | fields)
+        event = group_event(user, group, self.next_seq(group), text, robots) | fields
+        self.deliver(event)
+        return event
 
     def press_stop(self, message: Delivered, user: str) -> Json:
         """Press TUIKit's stop button; where it has none, write what stops an answer."""
@@ -84,15 +86,20 @@ class Simulator(Wire, AIService):
         body = [{"MsgType": "TIMCustomElem", "MsgContent": content}]
         return self.say(user, message.robot, "", MsgBody=body)
 
-    def _deliver(self, event: Json) -> Json:
+    def deliver(self, event: Json) -> bool:
+        """Remember what a user wrote and tell the bot; return whether it was told.
+
+        If that fails, requests' exception is raised; Tencent does not try it again.
+        """
         with self.changed:
             self.said.append(event)
             self.remember_event(event)
             self.changed.notify_all()
-        reachable = self.bot_url and not self.unreachable
-        if reachable and event.get("AtRobots_Account", True):
-            self.callback(event).raise_for_status()
-        return event
+        for_robots = event.get("AtRobots_Account", True)
+        if not self.bot_url or self.unreachable or not for_robots:
+            return False
+        self.callback(event).raise_for_status()
+        return True
 
     def callback(
         self,
