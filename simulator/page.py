@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SHOWN = 500  # answers that the page shows
 PACE, SLOW = 0.04, 0.5  # seconds between two chunks of an AI that is watched
+_STARTING = threading.Lock()  # held while the bot is started or stopped
 UNSHOWN = {"body", "states", "index"}
 REPLY_MODES = ("whole", "modify", "custom", "stream")
 
@@ -80,34 +82,50 @@ def act(simulator: Simulator, wish: Json) -> Json:
         match wish:
             case {"say": text, "as": user, "to": to, "robots": robots}:
                 fields: Json = {"MsgBody": text_body(text)}
-                if quote := wish.get(
-                    "quote"
-                ):  # as TUIKit names the message that is replied to
-                    reply = {"messageReply": quote | {"messageType": 1, "version": 1}}
-                    fields["CloudCustomData"] = json.dumps(reply, ensure_ascii=False)
+                if quote := wish.get("quote"):
+                    fields["CloudCustomData"] = _reply_to(quote)
                 if to in simulator.groups:
                     simulator.say_in_group(user, to, text, robots, **fields)
                 else:
                     simulator.say(user, to, text, **fields)
             case {"stop": number, "as": user}:
                 simulator.press_stop(simulator.delivered[number], user)
-            case {"deliver": name, "note": note}:
+            case {"deliver": name, "note": note} if simulator.bot_url:
                 [event] = [item for item in simulator.said if name_of(item) == name]
                 wrong: Json = {"Sign": "0" * 64} if note == "forged" else {}
                 simulator.callback(event, note=note, **wrong)
             case {"trouble": {"ai": ai, "im": im, "bot": bot}}:
-                _make_trouble(simulator, ai, im, bot)
-            case {"mode": mode} if simulator.bot and mode in REPLY_MODES:
-                simulator.bot.restart(REPLY_MODE=mode)
+                simulator.trouble = {"ai": ai, "im": im, "bot": bot}
+                _make_trouble(simulator, ai, im)
+                _run_bot(simulator)
+            case {"mode": mode} if mode in REPLY_MODES:
+                _run_bot(simulator, REPLY_MODE=mode)
     with simulator.changed:
         simulator.changed.notify_all()
     return {}
 
 
-def _make_trouble(simulator: Simulator, ai: str, im: str, bot: str) -> None:
-    """Make the AI "slow" or "fail", IM "busy" or "refuse", the bot "unreachable"."""
-    simulator.trouble = {"ai": ai, "im": im, "bot": bot}
-    simulator.unreachable = bot == "unreachable"
+def _reply_to(quote: Json) -> str:
+    """Return what TUIKit sends along with a reply to a message."""
+    reply = {"messageReply": quote | {"messageType": 1, "version": 1}}
+    return json.dumps(reply, ensure_ascii=False)
+
+
+def _run_bot(simulator: Simulator, **settings: str) -> None:
+    """Let our bot run, or be down: then Tencent cannot reach it."""
+    bot, down = simulator.bot, bool(simulator.trouble["bot"])
+    with _STARTING:
+        if bot and (settings or bot.alive() == down):
+            simulator.unreachable = True
+            bot.stop()
+            bot.env |= settings
+            if not down:
+                bot.start()
+        simulator.unreachable = down
+
+
+def _make_trouble(simulator: Simulator, ai: str, im: str) -> None:
+    """Make the AI "slow" or "fail", IM "busy" or "refuse", or end that."""
     simulator.ai_delay, simulator.ai_pace = (3.0, SLOW) if ai == "slow" else (0.0, PACE)
     broken = (500, ai_error("api_error", "a failure that was asked for (1000)"))
     code = {"busy": 90994, "refuse": 80001}.get(im)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,9 +132,14 @@ def test_a_chat_in_a_browser(stage, browser):
     button = {"chatbotPlugin": 2, "src": 22, "msgKey": sim.delivered[-1].key}
     assert json.loads(element["MsgContent"]["Data"]) == button
 
+    # The page and the stand-in's answers can be Chinese.
+    page.click("[data-do=language]")
+    page.click("[data-say='你好！']")
+    poll(lambda: page.answers()[2:] == ["你说：你好！（这段对话的第 3 个问题）"])
+
 
 def test_the_panel_tells_what_went_wrong_and_nothing_that_did_not_happen(stage):
-    page, sim = stage.page, stage.sim
+    page = stage.page
 
     # An AI call is there while it runs, and its failures say why.
     page.choose("ai", "slow")
@@ -169,14 +176,23 @@ def test_the_panel_tells_what_went_wrong_and_nothing_that_did_not_happen(stage):
     page.all("#log li:not(.mine) .bubble")[1].click()
     assert page.text("#calls").count("HTTP 500") >= 3
 
-    # What Tencent could not deliver says so, until it is delivered after all.
-    page.choose("bot", "unreachable")
-    page.write("four")
+
+def test_what_is_written_while_the_bot_is_down_is_found_later(stage):
+    page, bot = stage.page, stage.bot
+    page.write("one")
+    poll(page.answers)
+    page.choose("bot", "down")
+    poll(lambda: not bot.alive())
+    down_at = time.monotonic()
+    page.write("two")
     poll(lambda: "could not reach the bot" in page.text("#log li:last-child .mark"))
-    assert not page.all("#calls li") and len(sim.delivered) == 2
+    assert not page.all("#calls li")
+    poll(lambda: time.monotonic() > down_at + 3)  # sooner, it has missed nothing
     page.choose("bot", "")
-    page.click("[data-do=redelivered]")
-    poll(lambda: "delivered" in page.text("#log .mine:nth-last-child(2) .mark"))
+    poll(lambda: len(page.answers()) == 2)
+    assert "found it later" in page.text("#log .mine:nth-last-child(2) .mark")
+    assert "bot → IM admin_getroammsg" in page.text("#others")
+    assert "bot → AI completions" in page.text("#calls")
 
 
 def test_writing_in_a_group_and_replying_to_a_message(stage):
@@ -230,6 +246,9 @@ def test_on_a_phone_what_can_be_touched_is_large(stage):
     page = Page(stage.page.browser, stage.sim.url, width=390)
     page.write("Hello!")
     poll(page.answers)
+    # A machine may have no fonts but Latin ones.
+    words = page.browser.execute_script("return document.body.innerText")
+    assert not re.search("[^\0-\xff…“”→]", words)
     assert not page.all("#panel")[0].is_displayed()
     page.all("#log .bubble")[0].click()
     assert page.all("#panel")[0].is_displayed()
