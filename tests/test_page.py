@@ -118,7 +118,8 @@ def test_a_chat_in_a_browser(stage, browser):
     assert "bot → IM sendmsg" in page.text("#calls")
     assert "&usersig=•••&" in page.text("#calls")
     if picture := os.environ.get("PICTURE"):
-        asked = {"format": "webp", "quality": 85}
+        browser.set_window_size(1280, 920)
+        asked = {"format": "webp", "quality": 60}
         shot = browser.execute_cdp_cmd("Page.captureScreenshot", asked)
         Path(picture).write_bytes(base64.b64decode(shot["data"]))
 
