@@ -152,19 +152,19 @@ class Bot:
         elif commands.is_stop(message):
             self._stop(message, chat)
         else:
-            added = self._add(message, chat, message.sent)
+            added = self._add(message, chat)
             if added in (Added.QUEUE_FULL, Added.RATE_LIMITED):
                 self._refuse(message, chat, added)
 
-    def accept_missed(self, message: tim.Message, sent: float) -> None:
+    def accept_missed(self, message: tim.Message) -> None:
         """Store a message that came by no callback; nobody is told if it is refused."""
         if self._allows(message) and not commands.is_stop(message):
             chat = message.conversation(per_member=not self.shared_memory)
-            self._add(message, chat, sent)
+            self._add(message, chat)
 
-    def _add(self, message: tim.Message, chat: str, sent: float) -> Added:
+    def _add(self, message: tim.Message, chat: str) -> Added:
         room, rate = self.config.max_waiting, self.config.rate_limit or NO_LIMIT
-        limits = (message.user, room, rate)
+        limits, sent = (message.user, room, rate), message.sent
         added = self.store.add(message.id, chat, message.data(), *limits, sent=sent)
         self._wake(added)
         return added
@@ -411,8 +411,8 @@ class Bot:
 
     def _is_absent(self, job: Job, part: int) -> bool:
         """Return whether Tencent's history surely lacks a part of an answer."""
-        if part < 0 or not self.missed:
-            return False
+        if part < 0 or job.message.topic or not self.missed:
+            return False  # nobody knows
         found = self.missed.is_absent(job.message, job.work.claim.seq, part + 1)
         return bool(found)
 

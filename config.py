@@ -194,7 +194,7 @@ class Config:
     allow_users: tuple[str, ...] = setting((), LIST)
     allow_groups: tuple[str, ...] = setting((), LIST)
     robots: dict[str, Persona] = setting(dict, PERSONAS)
-    catch_up: int = setting(3600, number(int, 0))  # seconds back; 0: not at all
+    catch_up: int = setting(3600, number(int, 0, 86400))  # seconds; 0: never
     bot_language: str = setting("zh", one_of("zh", "en"))
     log_level: str = setting("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"))
 

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import tim
@@ -59,7 +59,7 @@ class History:
         time.sleep(delay)
         return self.im.call(command, body, waits=())
 
-    def conversations(self, robot: str, since: int) -> Iterator[tuple[str, str]]:
+    def conversations(self, robot: str, since: float) -> Iterator[tuple[str, str]]:
         """Yield the user and the group of each conversation of a robot with news.
 
         https://www.tencentcloud.com/document/product/1047/43087
@@ -76,7 +76,7 @@ class History:
                 return
             page = {name: answer[name] for name in names}
 
-    def messages(self, chat: Message, since: int) -> list[Json]:
+    def messages(self, chat: Message, since: float) -> list[Json]:
         """Return the messages of a message's conversation, the oldest first."""
         if chat.group:
             items = [*self._in_group(chat.group, since)]
@@ -89,10 +89,10 @@ class History:
                 items = [*self._one_to_one(chat.robot, chat.user, since)]
         return sorted(items, key=lambda item: (item["MsgTimeStamp"], item["MsgSeq"]))
 
-    def _one_to_one(self, account: str, peer: str, since: int) -> Iterator[Json]:
+    def _one_to_one(self, account: str, peer: str, since: float) -> Iterator[Json]:
         """https://www.tencentcloud.com/document/product/1047/35478"""
         body: Json = {"Operator_Account": account, "Peer_Account": peer, "MaxCnt": 100}
-        body |= {"MinTime": since, "MaxTime": int(time.time()) + MARGIN}
+        body |= {"MinTime": int(since), "MaxTime": int(time.time()) + MARGIN}
         for _ in range(PAGES):
             answer = self._call("openim/admin_getroammsg", body)
             yield from answer.get("MsgList") or []
@@ -101,7 +101,7 @@ class History:
             body["MaxTime"] = answer["LastMsgTime"]
             body["LastMsgKey"] = answer["LastMsgKey"]
 
-    def _in_group(self, group: str, since: int) -> Iterator[Json]:
+    def _in_group(self, group: str, since: float) -> Iterator[Json]:
         """https://www.tencentcloud.com/document/product/1047/34971"""
         body: Json = {"GroupId": group, "ReqMsgNumber": 20}
         for _ in range(PAGES):
@@ -124,7 +124,7 @@ class Missed:
         store: Store,
         im: tim.Client,
         workers: Workers,
-        accept: Callable[[Message, float], None],
+        accept: Callable[[Message], None],
     ) -> None:
         self.config, self.store, self.workers = config, store, workers
         self.history, self._accept = History(im), accept
@@ -132,7 +132,7 @@ class Missed:
         self.window: Json = {}  # the one that is open: its id, since when, opened when
         self._well_at = time.time()  # when this process was last well
         self._lock = threading.Lock()  # held during a beat
-        self._warned: set[str] = set()  # windows in which a refusal was logged
+        self._warned: set[str] = set()  # of which a refusal was logged
         workers.beat = self.beat
 
     def beat(self) -> None:
@@ -177,67 +177,86 @@ class Missed:
         begun = claim.reply is not None or claim.progress
         if not window or begun or message.topic:
             return False
-        new = self._add_task(window, message, claim.conversation)
-        if new:
+        first = self._add_task(window, message, claim.conversation)
+        if first:
             self.store.release(claim, 0.0)
             self.workers.wake()
-        return new
+        return first
 
     def _add_task(self, window: Json, chat: Message, conversation: str) -> bool:
-        """Have a conversation looked up, unless it was in this window."""
+        """Have a conversation looked up, unless it was in this window; return whether
+        that is still to be done."""
         id, since = f"{window['id']}\t{conversation}", window["since"]
-        if self.store.state(id):
-            return False
-        task = replace(chat, id=id, text="", images=(), kind="missed", sent=since)
-        return self.store.add(id, conversation, task.data()) == Added.NEW
+        state = self.store.state(id)
+        if state is None:
+            task = replace(chat, id=id, text="", images=(), kind="missed", sent=since)
+            self.store.add(id, conversation, task.data())
+        return state in (None, "open")
 
     def run(self, work: InFlight, message: Message) -> None:
         """Do a job or a task."""
         claim, delay = work.claim, self.history.delay()
         try:
-            if not message.robot:
-                self._list(work, message)
-            elif delay > 1:  # enough threads wait
+            if message.robot and delay > 1:  # enough threads wait for their turn
                 return self.store.release(claim, delay)
-            else:
-                self._look_up(message)
-        except (IMError, *UNREADABLE) as error:
-            retry = isinstance(error, IMError) and error.retry
-            if retry and time.time() - claim.accepted < PATIENCE:
+            with self._or_warning(message.id):
+                if message.robot:
+                    self._look_up(message)
+                elif self._is_last(message.id):
+                    self._list(work, message)
+        except IMError as error:
+            if time.time() - claim.accepted < PATIENCE:
                 return self.store.release(claim, 2.0)
-            self._warn(message.id.split("\t")[1], error)
+            logger.warning("%s is given up: %s", claim.id, error)
         self.workers.when_store_works(self.store.finish, claim)
+
+    @contextmanager
+    def _or_warning(self, id: str) -> Iterator[None]:
+        """Log what Tencent refuses, once in a window; raise what it may take later."""
+        try:
+            yield
+        except (IMError, *UNREADABLE) as error:
+            if isinstance(error, IMError) and error.retry:
+                raise
+            window = id.split("\t")[1]
+            if window not in self._warned:
+                self._warned.add(window)
+                why = error if isinstance(error, IMError) else type(error).__name__
+                logger.warning("what was missed cannot be looked up: %s", why)
+
+    def _is_last(self, id: str) -> bool:
+        """Return whether no window was opened later, which would begin no later."""
+        return (self.store.get("missed") or {}).get("id") == id
 
     def _list(self, work: InFlight, job: Message) -> None:
         """Add a task for each conversation with news since the window began."""
-        window = {"id": job.id, "since": job.sent}
-        per_member = self.config.group_memory == "member"
         for robot in self.history.im.robots():
-            for user, group in self.history.conversations(robot, job.sent - MARGIN):
-                if work.lost or self.workers.draining:
-                    raise LeaseLost
-                if (self.store.get("missed") or {}).get("id") != job.id:
-                    return  # there is a later window, which begins no later
-                chat = Message("", robot, user, "", group)
-                if self._add_task(window, chat, chat.conversation(per_member)):
-                    self.workers.wake()
-                    time.sleep(1 / RATE)
+            with self._or_warning(job.id):
+                self._list_one(work, job, robot)
+
+    def _list_one(self, work: InFlight, job: Message, robot: str) -> None:
+        window = {"id": job.id, "since": job.sent}
+        for user, group in self.history.conversations(robot, job.sent - MARGIN):
+            if work.lost or self.workers.draining or not self._is_last(job.id):
+                raise LeaseLost
+            chat = Message("", robot, user, "", group)
+            key = chat.conversation(self.config.group_memory == "member")
+            if self._add_task(window, chat, key):
+                self.workers.wake()
+                time.sleep(1 / RATE)
 
     def _look_up(self, task: Message) -> None:
         """Give what was missed in a conversation to `accept`, the oldest first."""
         found: list[Message] = []
-        for item in self.history.messages(task, task.sent - MARGIN):
+        for item in self.history.messages(task, int(task.sent) - MARGIN):
             with suppress(tim.BadEvent):
                 found += self._read(item, task)
-        known = [bool(self.store.state(message.id)) for message in found]
-        for number, message in enumerate(found, 1):
-            after = zip(found[number:], known[number:], strict=True)
-            later = [other.sent for other, is_known in after if is_known]
-            # What a later one overtook before the window began is another story.
-            if known[number - 1] or any(sent < task.sent for sent in later):
-                continue
-            # Of one second, it comes before those that follow it in Tencent's list.
-            self._accept(message, message.sent - 0.5 * (message.sent in later))
+        known = [message for message in found if self.store.state(message.id)]
+        # One that was overtaken before the window began was not missed in it.
+        well = max((m.sent for m in known if m.sent < task.sent), default=0.0)
+        for message in found:
+            if message not in known and message.sent > well:
+                self._accept(message)
 
     def _read(self, item: Json, task: Message) -> list[Message]:
         """Return what a message of the history wants of the robot, as a callback."""
@@ -255,27 +274,14 @@ class Missed:
     def is_absent(self, message: Message, order: int, part: int) -> bool:
         """Return whether Tencent surely does not have a part of an answer: it lists the
         question and not this part. Raises IMError if it may say so later."""
-        seq, chance = tim.numbers(message.id, order, part)
-        asked, names = message.id.split("\t")[-3:], ("MsgSeq", "MsgRandom")
-        try:
-            items = (
-                [] if message.topic else self.history.messages(message, message.sent)
-            )
+        _, chance = tim.numbers(message.id, order, part)
+        asked = message.id.split("\t")[-3:-1]
+        with self._or_warning("\tanswers"):
+            items = self.history.messages(message, message.sent)
             sent = [i["MsgRandom"] for i in items if i["From_Account"] == message.robot]
-            ids = [[str(i[name]) for name in names] for i in items]
-            return chance not in sent and asked[:2] in ids
-        except (IMError, *UNREADABLE) as error:
-            if isinstance(error, IMError) and error.retry:
-                raise
-            self._warn("answers", error)
-            return False
-
-    def _warn(self, window: str, error: Exception) -> None:
-        """Log the first refusal in a window."""
-        if window not in self._warned:
-            self._warned.add(window)
-            why = error if isinstance(error, IMError) else type(error).__name__
-            logger.warning("Tencent's history is no help: %s", why)
+            there = [[str(i["MsgSeq"]), str(i["MsgRandom"])] for i in items]
+            return chance not in sent and asked in there
+        return False
 
     @staticmethod
     def probe(im: tim.Client) -> str:

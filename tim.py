@@ -116,7 +116,7 @@ class Message:
     images: tuple[str, ...] = ()  # URLs
     kind: str = "question"  # or "stop" (a button), "unsupported" (a voice, a file),
     # or "missed": no message, but work of missed.py
-    sent: int = 0  # Unix seconds, by Tencent's clock
+    sent: float = 0.0  # Unix seconds, by Tencent's clock; within a second by MsgSeq
 
     def data(self) -> Json:
         """Return the fields, for the store."""
@@ -160,7 +160,8 @@ def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Mess
     rest = "\t".join((user, group, topic, *unique))
     if kind == "question" and not text and not images:
         return []
-    content = (text, group, topic, images, kind, int(unique[-1]))
+    sent = int(unique[2]) + int(unique[0]) % 2**22 / 2**22  # what a float can hold
+    content = (text, group, topic, images, kind, sent)
     return [Message(f"{robot}\t{rest}", robot, user, *content) for robot in robots]
 
 

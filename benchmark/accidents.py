@@ -14,7 +14,6 @@ from contextlib import suppress
 from typing import Any
 
 from simulator import BotProcess, Simulator, ai_error
-from simulator.history import LOOKUPS
 from store import LEASE
 
 from .load import ROBOT, question
@@ -127,11 +126,9 @@ def break_services(simulator: Simulator, seed: int) -> set[Any]:
         simulator.calls.clear()
         robot, chat = (
             body.get("From_Account"),
-            body.get("GroupId") or body["To_Account"],
+            body.get("GroupId") or body.get("To_Account"),
         )
-        if command in LOOKUPS:
-            return chance.choice(IM_FAULTS) if chance.random() < IM_FAILS else None
-        number = question(json.dumps(body["MsgBody"]))
+        number = question(json.dumps(body.get("MsgBody")))
         if number > 0 and picked(REFUSED, chat, number):
             if robot:  # else a plain message will be tried, too
                 refused.add((robot, chat, number))

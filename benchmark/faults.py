@@ -27,7 +27,7 @@ from .judge import judge_all
 from .stage import DATABASES, stage
 from .users import Users
 
-QUIET = 10.0  # seconds between two accidents; three in one answer make it fail
+QUIET = 20.0  # seconds between two accidents; three in one answer make it fail
 NOTICES = 4.0  # seconds in which the bot notices an outage when it is over
 SETTLE = 240.0  # seconds in which everything must be answered at the end
 MUST_BE_ZERO = (
@@ -72,6 +72,7 @@ def campaign(store: str, messages: int, seconds: float, seed: int) -> dict[str, 
         "acknowledged": users.acknowledged(),
         "callbacks lost": users.lost(),
         "caught up": found["caught up"],
+        "look-ups": sum(simulator.lookups.values()),
         "answered": found["answered"],
         **{name: found[name] for name in MUST_BE_ZERO},
         "begun again": found["begun again"],

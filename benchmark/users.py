@@ -15,7 +15,7 @@ from simulator import Json, Simulator, c2c_event, group_event
 
 from .stage import MODES
 
-USERS, GROUPS, SENDERS = 60, 20, 16
+USERS, GROUPS, SENDERS = 60, 10, 16
 BACKLOG = 600  # messages not answered yet, at which users hold back
 REDELIVERED = 0.1  # share of the callbacks
 

@@ -88,7 +88,7 @@ def test_what_failed_is_listed_and_put_back_by_command(sim, flask, tmp_path):
 def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
     done = flask("doctor")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("ok  ") == 5 and "FAIL" not in done.stdout
+    assert done.stdout.count("ok  ") == 6 and "FAIL" not in done.stdout
     assert "/im" in done.stdout
 
 
