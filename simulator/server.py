@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             if status != 200:
                 self._answer(status, answer)
             elif asked.get("stream"):
-                self._stream(simulator, answer["text"])
+                self._stream(simulator, simulator.stream(answer["text"]))
             else:
                 self._answer_whole(simulator, answer["text"])
 
@@ -156,10 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _chunk(self, piece: bytes) -> None:
         self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
-    def _stream(self, simulator: Simulator, text: str) -> None:
+    def _stream(self, simulator: Simulator, pieces: Iterator[bytes]) -> None:
         self._start(200, "text/event-stream", CHUNKED)
         try:
-            for piece in simulator.stream(text):
+            for piece in pieces:
                 self._chunk(piece)
                 if simulator.ai_pace:
                     self.wfile.flush()

@@ -36,7 +36,7 @@ class Simulator(Wire, AIService):
     ) -> None:
         Wire.__init__(self, sdkappid, key)
         AIService.__init__(self)
-        self.token = "stand-in-token"
+        self.token, self.secret = "stand-in-token", self.ai_key
         self.bot_url = ""
         self.unreachable = False  # Tencent cannot reach the bot: callbacks are lost
         self.bot: BotProcess | None = None  # if it is ours

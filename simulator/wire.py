@@ -32,7 +32,7 @@ class Wire(Tencent):
         self.wire: deque[Json] = deque(maxlen=KEPT)
         self.called: set[str] = set()  # names of what Tencent called the bot for
         self.warned: deque[Json] = deque(maxlen=KEPT)  # what the bot warned of
-        self.secret = ""  # a key of a real AI service
+        self.secret = ""  # the AI's key, which is not shown
         self._recorded = 0  # calls and warnings
         self._questions: dict[Any, str] = {}
 

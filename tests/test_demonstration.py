@@ -178,3 +178,9 @@ def test_the_bots_warnings_are_told_with_their_questions(tmp_path):
         ("WORKER TIMEOUT (pid:14)", ""),
         ("message jared → @RBT#001 failed: 80001", "17 4"),
     ]
+
+
+def test_the_robots_have_the_names_of_their_personas(tmp_path):
+    tmp_path.joinpath("robots.toml").write_text('["@RBT#001"]\nnick = "Ada"\n')
+    printed = demonstrate("--say", "hello", ROBOTS=str(tmp_path / "robots.toml"))
+    assert "[one-to-one] Ada: You said: hello" in printed
