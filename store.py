@@ -552,8 +552,15 @@ SQL = {
         RETURNING 1""",
     # End a claim: of a conversation's only open message, or of one of several.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
+    # If the next message was accepted before this one, it waits: clients sort the
+    # answers of one second by MsgSeq, which comes of seq.
     "free": f"""UPDATE conversation
-        SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0
+        SET open = open - 1, token = NULL, attempts = 0, cancelled = 0,
+            due = {{now}} + CASE WHEN 0 < (SELECT sent FROM message WHERE seq = :seq)
+                AND :seq > (SELECT seq FROM message
+                    WHERE conversation = :conversation AND state = 'open'
+                        AND seq <> :seq ORDER BY sent, seq LIMIT 1)
+                THEN 1 ELSE 0 END
         WHERE {_HELD} RETURNING 1""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,
             state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,
