@@ -160,9 +160,9 @@ class Bot:
         every = MINUTE if reason == Added.RATE_LIMITED else NOTICE_EVERY
         place = (message.robot, message.group or message.user)
         id = "\t".join((reason, *place, f"{time.time() // every:.0f}"))
-        data = replace(message, text="", images=()).data()  # nobody needs them
+        empty = replace(message, text="", quote="", images=())  # nobody needs them
         text = self.texts[reason]
-        self._wake(self.store.add(id, f"{chat}\tnotice", data, reply=text))
+        self._wake(self.store.add(id, f"{chat}\tnotice", empty.data(), reply=text))
 
     def _stop(self, message: tim.Message, chat: str) -> None:
         """Stop the answer of a chat. The confirmation does not wait behind it."""
@@ -273,7 +273,8 @@ class Bot:
             return self.texts["unsupported"]
         if found := commands.find(message):
             return self._run_command(job, *found)
-        readable = message.text or self.provider(message.robot).service.images
+        sees = self.provider(message.robot).service.images
+        readable = message.text or message.quote or sees
         return "" if readable else self.texts["no_vision"]
 
     def _run_command(self, job: Job, command: commands.Command, argument: str) -> str:
@@ -333,7 +334,10 @@ class Bot:
     def _spoken(self, message: tim.Message) -> str:
         """Return a question as a turn of the chat. In a group its first line says who
         asked; the others are indented, so that none looks like another member's."""
-        text = message.text or "[image]"
+        text = message.text or ("[image]" if message.images else "")
+        if message.quote:
+            lines = [f"> {line}" for line in message.quote.splitlines()]
+            text = "\n".join([*lines, "", text]).rstrip()
         if not (message.group and self.shared_memory):
             return text
         return f"{message.user}: {text}".replace("\n", "\n    ")

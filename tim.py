@@ -32,6 +32,7 @@ CONNECT_TIMEOUT = 5  # seconds
 CALL_TIMEOUT = 10  # seconds for one try of a call, from its start to its last byte
 PAUSES = (0.3, 1.5)  # seconds before the second and the third try of a call
 SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of that
+LONGEST_QUOTE = 500  # characters of the message that a question replies to
 PARTS = 1024  # values of MsgSeq set apart for the messages of one answer
 NO_CALLBACKS = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
 
@@ -116,6 +117,7 @@ class Message:
     images: tuple[str, ...] = ()  # URLs
     kind: str = "question"  # or "stop" (a button), "unsupported" (a voice, a file)
     sent: int = 0  # Unix seconds, by Tencent's clock
+    quote: str = ""  # of the message that it replies to
 
     def data(self) -> Json:
         """Return the fields, for the store."""
@@ -157,9 +159,10 @@ def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Mess
         text = cut_mentions(text, [*robots, *names])
     unique = [_number(event, name) for name in ("MsgSeq", random_field, "MsgTime")]
     rest = "\t".join((user, group, topic, *unique))
-    if kind == "question" and not text and not images:
+    quote = _quote(event)
+    if kind == "question" and not (text or images or quote):
         return []
-    content = (text, group, topic, images, kind, int(unique[-1]))
+    content = (text, group, topic, images, kind, int(unique[-1]), quote)
     return [Message(f"{robot}\t{rest}", robot, user, *content) for robot in robots]
 
 
@@ -252,6 +255,15 @@ def _presses_stop(data: str) -> bool:
         return bool(signal["chatbotPlugin"] == 2 and signal["src"] == 22)
     except (TypeError, ValueError, KeyError, RecursionError):
         return False
+
+
+def _quote(event: Json) -> str:
+    """Return the message that an event's replies to, as the client shortened it."""
+    try:
+        reply = json.loads(event["CloudCustomData"])["messageReply"]
+        return clean(reply["messageAbstract"])[:LONGEST_QUOTE].strip()
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return ""  # it replies to none, or the field is another program's
 
 
 def clean(text: str) -> str:
