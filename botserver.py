@@ -338,7 +338,7 @@ class Bot:
         if message.quote:
             lines = [f"> {line}" for line in message.quote.splitlines()]
             text = "\n".join([*lines, "", text]).rstrip()
-        if not (message.group and self.shared_memory):
+        if not (text and message.group and self.shared_memory):
             return text
         return f"{message.user}: {text}".replace("\n", "\n    ")
 
@@ -376,7 +376,8 @@ class Bot:
     def _give_up(self, job: Job, reason: str) -> None:
         """Tell the user that no answer comes, and leave the message to the operator."""
         try:
-            job.reply.give_up(self.texts["undeliverable"])
+            if job.message.kind != "said":  # else nobody waits for it
+                job.reply.give_up(self.texts["undeliverable"])
         except tim.IMError as error:
             logger.warning("%s: the user is not told: %s", job.work.claim.id, error)
         self.workers.when_store_works(self.store.fail, job.work.claim, reason)

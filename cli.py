@@ -24,11 +24,13 @@ import requests
 from config import Config, ConfigError, Persona, misspelt
 from providers import ProviderError
 from session import CancelScope
-from store import StoreError
-from tim import ROBOT, IMError
+from store import Store, StoreError
+from tim import ROBOT, IMError, Message, clean
 from usersig import gen_user_sig
 
 LISTED = 100  # failed messages
+WAIT = 5.0  # seconds in which `say` looks whether a message is sent
+GROUP = "@TGS#"  # how a group's id starts, unless the app chose it
 LONGEST_ROBOT = 32  # bytes of a chatbot's UserID
 ROBOT_API = "openim_robot_http_svc"
 CONSOLE = """
@@ -127,6 +129,38 @@ def retry(config: Config, numbers: tuple[int, ...]) -> None:
     """Let messages that were given up, all or those with NUMBERS, be answered."""
     with closing(config.open_store()) as store:
         click.echo(f"{store.retry(numbers or None)} put back.")
+
+
+@command
+@click.argument("robot")
+@click.argument("to", metavar="USER_OR_GROUP")
+@click.argument("text")
+@click.option("--group", is_flag=True, help=f"The id is a group's, without {GROUP}.")
+def say(config: Config, robot: str, to: str, text: str, group: bool) -> None:
+    """Let ROBOT write TEXT first; the server sends it, and the AI knows of it."""
+    if not robot.startswith(ROBOT) or not text.strip():
+        raise ValueError(f"give a robot, whose UserID starts with {ROBOT}, and a text")
+    id, now = f"{robot}\tsaid\t{os.urandom(16).hex()}", time.time()
+    user, group_id = ("", to) if group or to.startswith(GROUP) else (to, "")
+    message = Message(id, robot, user, "", group_id, kind="said", sent=int(now))
+    chat, data, remember = message.conversation(), message.data(), config.history_turns
+    with closing(config.open_store()) as store:
+        store.add(id, chat, data, reply=clean(text), sent=now, remember=remember > 0)
+        click.echo(outcome(store, id))
+
+
+def outcome(store: Store, id: str) -> str:
+    """Say what becomes of a message within WAIT seconds. Raises ValueError if it has
+    failed."""
+    end = time.monotonic() + WAIT
+    while (state := store.state(id)) == "open":
+        if time.monotonic() > end:
+            return "It waits, and is sent as soon as a server takes it."
+        time.sleep(0.1)
+    for _, failed, reason, _ in store.failed() if state == "failed" else ():
+        if failed == id:
+            raise ValueError(reason)
+    return "Sent."
 
 
 @command

@@ -115,7 +115,8 @@ class Message:
     group: str = ""  # empty in a one-to-one chat
     topic: str = ""
     images: tuple[str, ...] = ()  # URLs
-    kind: str = "question"  # or "stop" (a button), "unsupported" (a voice, a file)
+    # or "stop" (a button), "unsupported" (a voice, a file), "said" (the robot's own)
+    kind: str = "question"
     sent: int = 0  # Unix seconds, by Tencent's clock
     quote: str = ""  # of the message that it replies to
 
@@ -301,7 +302,7 @@ class Client:
         if not message.group:
             return self.call("openim/sendmsg", body)
         body["Random"] = body.pop("MsgRandom")
-        if mention:
+        if mention and message.user:
             asker = {"GroupAtAllFlag": 0, "GroupAt_Account": message.user}
             body["GroupAtInfo"] = [asker]
         return self.call("group_open_http_svc/send_group_msg", body)

@@ -85,6 +85,65 @@ def test_what_failed_is_listed_and_put_back_by_command(sim, flask, tmp_path):
         bot.stop()
 
 
+@pytest.fixture
+def bot(sim, tmp_path):
+    bot = BotProcess(sim, str(tmp_path), REPLY_MODE="modify").start()
+    yield bot
+    bot.stop()
+
+
+def test_a_robot_writes_first_and_the_ai_knows_of_it(sim, flask, bot):
+    text = "Your order is on its way. " * 700
+    done = flask("say", "@RBT#001", "jared", text)
+    assert (done.returncode, done.stdout) == (0, "Sent.\n")
+    parts = [message.text for message in sim.wait(3)]
+    assert "".join(parts).split() == text.split() and len(parts) == 3
+    assert flask("say", "@RBT#001", "@TGS#demo", "Good morning").returncode == 0
+    sim.groups["own-id"] = {"jared"}
+    assert flask("say", "@RBT#001", "own-id", "Hi", "--group").returncode == 0
+    told = [(message.chat, message.text) for message in sim.delivered[3:]]
+    assert told == [("@TGS#demo", "Good morning"), ("own-id", "Hi")]
+    assert all(message.closed for message in sim.delivered)
+    assert not sim.ai_requests
+    sim.say("jared", "@RBT#001", "when?")
+    sim.say_in_group("lin", "@TGS#demo", "hello", ["@RBT#001"])
+    sim.wait(7, closed=True)
+    asked = [request["messages"][1:] for request in sim.ai_requests]
+    assert [[turn["role"] for turn in turns] for turns in asked] == [
+        ["assistant", "user"],
+        ["assistant", "user"],
+    ]
+    assert {turns[0]["content"] for turns in asked} == {text, "Good morning"}
+
+
+def test_what_a_robot_cannot_write_is_told_to_the_operator_alone(sim, flask, bot):
+    for robot, to, says in [
+        ("robot", "jared", "starts with @RBT#"),
+        ("@RBT#001", "nobody", "90012"),
+        ("@RBT#009", "jared", "the robot does not exist"),
+        ("@RBT#001", "@TGS#none", "the group does not exist"),
+    ]:
+        done = flask("say", robot, to, "the-text")
+        assert done.returncode == 1 and says in done.stderr
+        assert "Traceback" not in done.stderr
+    sim.fault = lambda command, body: 80001 if "the-text" in str(body) else None
+    done = flask("say", "@RBT#001", "jared", "the-text")
+    assert done.returncode == 1 and "sensitive-word filter" in done.stderr
+    assert not sim.delivered
+    assert flask("failed").stdout.count("\n") == 4
+    assert "the-text" not in bot.log.read_text()
+
+
+def test_what_a_robot_writes_while_no_server_runs_waits(sim, flask, tmp_path):
+    done = flask("say", "@RBT#001", "jared", "later")
+    assert (done.returncode, done.stdout[:9]) == (0, "It waits,")
+    bot = BotProcess(sim, str(tmp_path)).start()
+    try:
+        assert sim.wait(1)[0].text == "later"
+    finally:
+        bot.stop()
+
+
 def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
     done = flask("doctor")
     assert done.returncode == 0, done.stdout
