@@ -35,7 +35,7 @@ import commands
 import tim
 from commands import TEXTS
 from config import COMMAND_LINE, REPLIES, Config, ConfigError, Persona, load, misspelt
-from providers import Provider, ProviderError, words
+from providers import Provider, ProviderError, new_memory, words
 from replies import PlainReply
 from session import CancelScope
 from store import MAX_ATTEMPTS, MINUTE, NO_LIMIT, Added, Store, StoreError
@@ -293,16 +293,32 @@ class Bot:
         """Return the AI's answer, shown while it grows, or why there is none."""
         job.outcome, text = "answered", ""
         provider = self.provider(job.message.robot)
-        chat, interval = self._chat(job, provider), job.reply.update_interval
+        memory = self._memory(job) if provider.service.remembers else None
+        chat, interval = self._chat(job, provider, memory), job.reply.update_interval
         try:
-            for text in provider.chat(chat, job.scope, interval):
+            for text in provider.chat(chat, job.scope, interval, memory):
                 if not job.scope.ended:  # else it is saved and closed at once
                     job.reply.update(text)
-            return Said(text, remember=True)
+            said = Said(text, remember=True)
         except ProviderError as error:
             if job.work.lost:
                 raise LeaseLost from None
-            return self._cut(job, error, text, chat)
+            said = self._cut(job, error, text, chat)
+        if not memory:
+            return said
+        name = job.work.claim.conversation
+        self.workers.when_store_works(self.store.put, name, memory)
+        return said._replace(remember=False)  # the service does
+
+    def _memory(self, job: Job) -> Json:
+        """Return what a service that remembers knows the chat by."""
+        message, name = job.message, job.work.claim.conversation
+        memory = self.store.get(name)
+        if not memory:
+            shared = message.group if self.shared_memory else ""
+            memory = new_memory(shared or message.user)
+            self.store.put(name, memory)  # after a crash the session is the same
+        return memory
 
     def _cut(self, job: Job, error: ProviderError, text: str, chat: list[Json]) -> Said:
         """Return what to show instead of an answer, or after half of one."""
@@ -315,13 +331,13 @@ class Bot:
             return Said(why, failed=True)
         return Said(text, self.texts["cut"].format(why))
 
-    def _chat(self, job: Job, provider: Provider) -> list[Json]:
+    def _chat(self, job: Job, provider: Provider, memory: Json | None) -> list[Json]:
         """Return the question as the AI service gets it: prompt, old turns, new one."""
         message, chat = job.message, job.work.claim.conversation
         turns = [{"role": "user", "content": self._question(message, provider)}]
-        room = HISTORY_CHARACTERS
-        for data, reply in self.store.history(chat, self.config.history_turns)[::-1]:
-            asked = self._spoken(read_message(data))
+        room, history = HISTORY_CHARACTERS, self._history(chat, memory)
+        for old, reply in history[::-1]:
+            asked = self._spoken(old)
             room -= len(asked) + len(reply)
             if room < 0:
                 break
@@ -329,7 +345,22 @@ class Bot:
             turns.append({"role": "user", "content": asked})
         prompt = self.config.persona(message.robot).system_prompt
         prompt = prompt or self.config.ai_system_prompt
+        if memory and prompt == Config.ai_system_prompt:
+            prompt = ""  # nobody set it, and the service has one of its own
         return [*turns, {"role": "system", "content": prompt}][::-1]
+
+    def _history(self, chat: str, memory: Json | None) -> list[tuple[tim.Message, str]]:
+        """Return the old turns of a chat. A service that remembers does not know those
+        that began with the robot since it was asked last."""
+        found = self.store.history(chat, self.config.history_turns)
+        turns = [(read_message(data), reply) for data, reply in found]
+        if memory:
+            turns = [turn for turn in turns if turn[0].kind == "said"]
+            ids = [message.id for message, _ in turns]
+            if memory.get("told") in ids:
+                turns = turns[ids.index(memory["told"]) + 1 :]
+            memory["told"] = ids[-1] if ids else ""
+        return turns
 
     def _spoken(self, message: tim.Message) -> str:
         """Return a question as a turn of the chat. In a group its first line says who
@@ -425,7 +456,7 @@ def create_app(config: Config | None = None) -> Flask:
         return app  # a command of `flask` makes what it needs
     config = config or or_exit(Config.from_env)
     set_up_logging(config.log_level)
-    for line in misspelt(os.environ):
+    for line in misspelt(os.environ, config.ai_secret_keys):
         logger.warning(line)
     store = or_exit(config.open_store)
     bot = or_exit(partial(Bot, config, store, config.im_client()))

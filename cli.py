@@ -173,7 +173,7 @@ def doctor(config: Config) -> None:
         except ERRORS as error:
             healthy, line = False, f"FAIL {name:9} {error}"
         click.echo(line)
-    click.echo("\n".join([*misspelt(os.environ), CONSOLE]))
+    click.echo("\n".join([*misspelt(os.environ, config.ai_secret_keys), CONSOLE]))
     sys.exit(not healthy)
 
 
@@ -213,8 +213,8 @@ def check_ai(config: Config) -> str:
     for persona in {Persona(), *config.robots.values()}:
         began, provider = time.monotonic(), config.provider(persona)
         answer(config, persona, "", "Say OK.")
-        name = persona.provider or config.ai_provider
-        seen.append(f"{name} {provider.model} in {time.monotonic() - began:.1f} s")
+        name = f"{persona.provider or config.ai_provider} {provider.model}".strip()
+        seen.append(f"{name} in {time.monotonic() - began:.1f} s")
     return f"answers: {', '.join(seen)}"
 
 
