@@ -6,7 +6,8 @@ The tests and the benchmark use the same stand-in: real HTTP on loopback, signed
 callbacks, REST calls that are checked as strictly as Tencent documents them, its error
 codes and its de-duplication. Nothing deployed imports this package.
 
-Read messages.py, then tencent.py, ai.py and standin.py, which puts them together.
+Read messages.py, then tencent.py, ai.py, platforms.py, and standin.py, which puts them
+together.
 """
 
 from .ai import actor, ai_error

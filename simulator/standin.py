@@ -1,4 +1,4 @@
-"""The stand-in as a whole: Tencent IM, an AI service, and what users do."""
+"""The stand-in as a whole: Tencent IM, AI services, and what users do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import requests
 
 from usersig import sign_callback
 
-from .ai import AIService
 from .messages import Delivered, Json, c2c_event, group_event
+from .platforms import AgentPlatforms
 from .server import Server
 from .tencent import KEY, Tencent
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KEPT = 500  # callbacks and calls that are remembered
 
 
-class Simulator(Tencent, AIService):
+class Simulator(Tencent, AgentPlatforms):
     """Tencent IM and an AI service on a port of 127.0.0.1; a `with` serves it.
 
     Callbacks go to the bot at `bot_url`. With none, users' messages are only returned.
@@ -36,7 +36,7 @@ class Simulator(Tencent, AIService):
         self, sdkappid: int = 1400000000, key: str = KEY, port: int = 0
     ) -> None:
         Tencent.__init__(self, sdkappid, key)
-        AIService.__init__(self)
+        AgentPlatforms.__init__(self)
         self.token = "stand-in-token"
         self.bot_url = ""
         self.bot: BotProcess | None = None  # if it is ours

@@ -63,6 +63,17 @@ def test_the_ai_can_be_asked_by_command(sim, flask):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["dify", "adp"])
+def test_a_platform_can_be_asked_and_checked_by_command(sim, flask, name):
+    done = flask("ask", "hello", AI_PROVIDER=name)
+    assert done.stdout.strip() == "You said: hello (question 1 of our chat)"
+    done = flask("doctor", AI_PROVIDER=name, AI_SECRET_KEY="wrong")
+    assert done.returncode == 1 and "FAIL AI" in done.stdout
+    assert re.search("code (unauthorized|4505004)", done.stdout)
+    assert "wrong" not in done.stdout
+    assert f"answers: {name} in " in flask("doctor", AI_PROVIDER=name).stdout
+
+
 def test_a_usersig_is_made_by_command(flask):
     sig = flask("usersig", "jared", "--expire", "60").stdout.strip()
     assert check_user_sig(KEY, sig)["TLS.identifier"] == "jared"

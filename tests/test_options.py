@@ -16,6 +16,7 @@ OPTIONS = {
     "growing": "modify or custom or stream or button or card",
     "postgres": "postgres",
     "cli": "command_line",
+    "agents": "dify or adp",
 }
 
 
