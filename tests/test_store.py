@@ -1247,6 +1247,17 @@ def test_postgresql_gone_is_an_error_in_time_and_over_when_it_is_back(postgres_s
         assert kept.load() == (10, 0, 1)
 
 
+def test_what_was_finished_stays_so_if_postgresql_crashes(postgres_server):
+    """While the bot lives on, nobody would know that it was answered."""
+    with closing(open_url(postgres_server.url)) as kept:
+        for number in range(20):
+            put(kept, str(number))
+            answer(kept)
+        postgres_server.stop("immediate")
+        postgres_server.start()
+        assert waiting(kept) == 0
+
+
 def test_a_restart_of_postgresql_is_no_error(postgres_server):
     with closing(open_url(postgres_server.url)) as kept:
         in_threads(8, lambda n: put(kept, str(n)))
