@@ -63,7 +63,7 @@ def test_a_wrong_setting_stops_the_start_and_is_all_that_is_said(
     sim, tmp_path, settings, workers
 ):
     bot = BotProcess(sim, str(tmp_path), WEB_CONCURRENCY=workers, **settings).launch()
-    assert bot.process.wait(20) == 3
+    assert bot.wait(20) == 3
     said = [line for line in bot.log.read_text().splitlines() if line]
     assert said[0].startswith(("The settings are not complete", "DATABASE_URL"))
     assert len(said) == (1 if "DATABASE_URL" in settings else len(settings) + 1)
@@ -75,7 +75,7 @@ def test_a_bot_started_in_another_folder_says_what_is_wrong_or_starts(sim, tmp_p
     bot = BotProcess(sim, str(tmp_path))
     bot.command[-1:], bot.folder = ["--chdir", str(HERE), bot.command[-1]], tmp_path
     key, bot.env["IM_KEY"] = bot.env["IM_KEY"], ""
-    assert bot.launch().process.wait(20) == 3
+    assert bot.launch().wait(20) == 3
     assert "IM_KEY is missing." in bot.log.read_text()
     bot.env["IM_KEY"] = key
     bot.start().stop()

@@ -364,7 +364,7 @@ def test_preloading_is_refused_and_loses_nothing(sim, tmp_path):
         columns(tmp_path, "UPDATE conversation SET due = 0")  # no need to wait
         bot.env["GUNICORN_CMD_ARGS"] = f"{usual} --preload"
         before = len(bot.log.read_text())
-        assert bot.launch().process.wait(40)
+        assert bot.launch().wait()
         [said] = bot.log.read_text()[before:].splitlines()
         assert "--preload (preload_app) cannot be used" in said
         bot.env["GUNICORN_CMD_ARGS"] = usual
