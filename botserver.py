@@ -16,6 +16,7 @@ import atexit
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -494,10 +495,19 @@ def refuse(status: int, why: str) -> tuple[Json, int]:
 
 def set_up_logging(level: str) -> None:
     """Log to standard output, without what holds a signature or a text."""
+    handler = logging.StreamHandler(sys.stdout)
     line = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    logging.basicConfig(level=level, stream=sys.stdout, format=line)
+    handler.setFormatter(LineFormatter(line))
+    logging.basicConfig(level=level, handlers=[handler])
     for name in ("urllib3", "werkzeug"):  # they log URLs, with UserSig and Sign
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class LineFormatter(logging.Formatter):
+    """Shows the parts of a message's id, which tabs separate, with spaces."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return re.sub("\t+", " ", super().format(record))
 
 
 def leave_on_sigterm(bot: Bot) -> None:

@@ -100,6 +100,12 @@ def test_a_wrong_robots_file_stops_the_start(tmp_path, toml, says):
         Config.from_env({"ROBOTS": str(file)})
 
 
+def test_a_robots_file_saved_by_windows_notepad_is_read(tmp_path):
+    file = tmp_path / "personas.toml"
+    file.write_text('["@RBT#1"]\nnick = "小明"', "utf-8-sig")
+    assert Config.from_env(WHOLE | PROXY | {"ROBOTS": str(file)}).robots["@RBT#1"].nick
+
+
 WHOLE = {"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"}
 PROXY = {"AI_BASE_URL": "http://localhost:4000/v1"}
 

@@ -424,7 +424,7 @@ def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_pa
         if deaf:
             number = str(event["MsgRandom"])
             log = bot.log
-            poll(lambda log=log, number=number: f"{number}\t" in log.read_text())
+            poll(lambda log=log, number=number: f" {number} " in log.read_text())
         seen.append(requests.get(f"{bot.url}/healthz"))
         bot.stop(signal.SIGKILL if deaf else signal.SIGTERM)
     printed = bot.log.read_text() + "".join(
