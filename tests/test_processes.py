@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import sqlite3
+import subprocess
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -114,8 +115,9 @@ def start_bot(sim, tmp_path):
     """Return a function that starts the bot as the Procfile does."""
     bots = []
 
-    def start(**settings):
+    def start(before=(), **settings):
         bots.append(BotProcess(sim, str(tmp_path), **{"RATE_LIMIT": 0} | settings))
+        bots[-1].command[:0] = before
         return bots[-1].start()
 
     yield start
@@ -231,6 +233,22 @@ def test_sigterm_finishes_what_it_can_and_leaves_the_rest_to_the_next(sim, start
     assert said_to(sim, "lin") == ["short", "next"] and said_to(sim, "jared") == [
         "long"
     ]
+
+
+def test_as_the_first_process_of_a_container_it_ends_in_order(sim, start_bot):
+    """The Dockerfile starts gunicorn as process 1, for which signals are special."""
+    container = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if subprocess.run([*container, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("unshare may not make a namespace of processes here")
+    bot = start_bot(before=container)
+    sim.ai_delay = 2
+    sim.say("jared", "@RBT#001", "hello")
+    poll(lambda: sim.ai_requests)
+    children = Path(f"/proc/{bot.process.pid}/task/{bot.process.pid}/children")
+    os.kill(int(children.read_text()), signal.SIGTERM)
+    assert bot.wait() == 0
+    assert said_to(sim, "jared") == ["hello"]
+    assert " 0 messages were left to others" in bot.log.read_text()
 
 
 def test_sighup_reloads_without_a_refused_callback(sim, start_bot):
