@@ -73,6 +73,7 @@ def test_a_message_that_failed_three_times_is_told_and_closed(
     assert sum(SORRY in m.text for m in sim.delivered) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["sqlite", "postgres"])
 def test_a_pause_of_the_server_costs_nothing_but_time(sim, tmp_path, request, store):
     """Longer than a lease, with questions in work, waiting and on their way."""

@@ -70,6 +70,7 @@ class Page:
         return [item.text for item in self.all("#log li:not(.mine, .open) .bubble")]
 
 
+@pytest.mark.slow
 def test_a_chat_in_a_browser(browser):
     with running(REPLY_MODE="custom", BOT_LANGUAGE="en") as (sim, bot):
         sim.ai_answer, sim.ai_pace = actor, PACE
