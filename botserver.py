@@ -5,7 +5,7 @@ one in a group. The message is checked, stored and acknowledged at once; a pool 
 threads asks the AI service and answers as the robot. One message runs through this file
 from top to bottom: `check`, `read_messages`, `Bot.accept`, `Bot.answer`, `Bot.ask`.
 
-    gunicorn --worker-class gthread --threads 8 'botserver:create_app()'
+    gunicorn 'botserver:create_app()'
 
 Settings come from the environment: see config.py and README.md.
 """
@@ -16,16 +16,17 @@ import atexit
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pkgutil import resolve_name
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import click
 from flask import Flask, Response, request
@@ -57,7 +58,6 @@ DRAIN = 20.0  # seconds for answers in work when the server stops
 HISTORY_CHARACTERS = 24_000  # of old turns in one question
 
 Json = dict[str, Any]
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -434,10 +434,11 @@ def redact(details: str, chat: list[Json]) -> str:
     return details
 
 
-def or_exit(make: Callable[[], T]) -> T:
-    """Return what `make` makes; if the settings are wrong, say so and exit."""
+def make_bot(config: Config | None = None) -> Bot:
+    """Return a bot that is not at work; if the settings are wrong, say so and exit."""
     try:
-        return make()
+        config = config or Config.from_env()
+        return Bot(config, config.open_store(), config.im_client())
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(3)  # by which gunicorn knows not to start the worker again
@@ -454,17 +455,14 @@ def create_app(config: Config | None = None) -> Flask:
                 app.cli.add_command(command)
     if context and context.info_name != "run":
         return app  # a command of `flask` makes what it needs
-    config = config or or_exit(Config.from_env)
+    app.extensions["bot"] = bot = make_bot(config)
+    config = bot.config
     set_up_logging(config.log_level)
     for line in misspelt(os.environ, config.ai_secret_keys):
         logger.warning(line)
-    store = or_exit(config.open_store)
-    bot = or_exit(partial(Bot, config, store, config.im_client()))
-    app.extensions["bot"] = bot
     add_routes(app, bot)
     leave_on_sigterm(bot)
     atexit.register(bot.close)
-    os.register_at_fork(after_in_child=refuse_preload)
     sys.setswitchinterval(0.002)  # seconds; with 0.005 callbacks wait for threads
     bot.workers.start()
     line = "version %s, store %s, AI service %s, replies %s"
@@ -533,10 +531,19 @@ def refuse(status: int, why: str) -> tuple[Json, int]:
 
 def set_up_logging(level: str) -> None:
     """Log to standard output, without what holds a signature or a text."""
+    handler = logging.StreamHandler(sys.stdout)
     line = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    logging.basicConfig(level=level, stream=sys.stdout, format=line)
+    handler.setFormatter(LineFormatter(line))
+    logging.basicConfig(level=level, handlers=[handler])
     for name in ("urllib3", "werkzeug"):  # they log URLs, with UserSig and Sign
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class LineFormatter(logging.Formatter):
+    """Shows the parts of a message's id, which tabs separate, with spaces."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return re.sub("\t+", " ", super().format(record))
 
 
 def leave_on_sigterm(bot: Bot) -> None:
@@ -549,15 +556,3 @@ def leave_on_sigterm(bot: Bot) -> None:
 
     if callable(before) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, leave)
-
-
-def refuse_preload() -> None:
-    """End a gunicorn worker that was forked from a process with a bot."""
-    if "gunicorn.arbiter" in sys.modules:
-        print(
-            "gunicorn's --preload (preload_app) cannot be used: threads and database "
-            "connections do not survive a fork. Start without it.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(3)  # by which gunicorn knows not to start the worker again

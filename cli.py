@@ -95,7 +95,7 @@ def delete_robot(config: Config, userid: str) -> None:
 @command
 def robots(config: Config) -> None:
     """List the app's chatbot accounts."""
-    click.echo("\n".join(list_robots(config)))
+    click.echo("\n".join(list_robots(config)) or "There is no robot yet.")
 
 
 def list_robots(config: Config) -> list[str]:
@@ -106,7 +106,9 @@ def list_robots(config: Config) -> list[str]:
 
 @command
 @click.argument("userid")
-@click.option("--expire", default=86400, help="Seconds it is valid.")
+@click.option(
+    "--expire", default=86400, type=click.IntRange(1), help="Seconds it is valid."
+)
 def usersig(config: Config, userid: str, expire: int) -> None:
     """Print a UserSig with which USERID can log in to a chat client."""
     click.echo(gen_user_sig(config.im_sdkappid, config.im_key, userid, expire))
@@ -117,10 +119,12 @@ def failed(config: Config) -> None:
     """List the messages that were given up, and why."""
     with closing(config.open_store()) as store:
         found = store.failed()
-    for number, _, reason, age in found[:LISTED]:
-        click.echo(f"{number}  {age:.0f} s ago: {reason}")
+    for number, id, reason, age in found[:LISTED]:
+        click.echo(f"{number}  {age:.0f} s ago: {' '.join(id.split())}: {reason}")
     if (more := len(found) - LISTED) > 0:
         click.echo(f"and {more} more")
+    if not found:
+        click.echo("No message was given up.")
 
 
 @command

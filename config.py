@@ -115,7 +115,7 @@ def listed(text: str) -> tuple[str, ...]:
 def robots_file(path: str) -> dict[str, Persona]:
     """Return the personas of robots.toml. Raises ConfigError."""
     try:
-        tables = tomllib.loads(Path(path).read_text("utf-8"))
+        tables = tomllib.loads(Path(path).read_text("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"names {path}, which is not there") from None
     except (OSError, ValueError) as error:

@@ -328,9 +328,10 @@ class SQLiteStore(Store):
             with suppress(FileExistsError):
                 Path(self.path).touch(0o600, exist_ok=False)
             self._file = os.stat(self.path)
-            options: Data = {"isolation_level": None, "check_same_thread": False}
-            self._writer = sqlite3.connect(self.path, BUSY_TIMEOUT, **options)
-            self._reader = sqlite3.connect(self.path, BUSY_TIMEOUT, **options)
+            options: Data = {"timeout": BUSY_TIMEOUT, "isolation_level": None}
+            options["check_same_thread"] = False
+            self._writer = sqlite3.connect(self.path, **options)
+            self._reader = sqlite3.connect(self.path, **options)
             self._execute("PRAGMA journal_mode = WAL", {})
             self._writer.execute("PRAGMA secure_delete = ON")
             schema = SCHEMA.format(**self.dialect)

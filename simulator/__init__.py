@@ -11,7 +11,7 @@ together.
 """
 
 from .ai import actor, ai_error
-from .bot import BotProcess, free_port, interrupt_on_signals, running
+from .bot import BotProcess, free_port, interrupt_on_signals, lifeline, running
 from .messages import Delivered, c2c_event, text_body
 from .page import PACE
 from .signature import Refused, check_user_sig
@@ -31,6 +31,7 @@ __all__ = [
     "check_user_sig",
     "free_port",
     "interrupt_on_signals",
+    "lifeline",
     "running",
     "text_body",
 ]

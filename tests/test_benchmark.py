@@ -70,6 +70,7 @@ def test_a_command_says_how_it_is_called(module):
     assert not done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["sqlite", "postgres"])
 def test_a_short_campaign_ends_with_zeros(store, request):
     if store == "postgres":

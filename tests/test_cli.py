@@ -79,6 +79,15 @@ def test_a_usersig_is_made_by_command(flask):
     assert check_user_sig(KEY, sig)["TLS.identifier"] == "jared"
 
 
+@pytest.mark.parametrize(
+    "words", ["frobnicate", "retry one", "usersig jared --expire 0", "ask"]
+)
+def test_a_mistyped_command_is_told(flask, words):
+    done = flask(*words.split())
+    assert done.returncode == 2
+    assert "Error: " in done.stderr and "Traceback" not in done.stderr
+
+
 def test_what_failed_is_listed_and_put_back_by_command(sim, flask, tmp_path):
     sim.fault = lambda command, body: 20003
     bot = BotProcess(sim, str(tmp_path)).start()
@@ -86,12 +95,14 @@ def test_what_failed_is_listed_and_put_back_by_command(sim, flask, tmp_path):
         sim.say("jared", "@RBT#001", "hello")
         health = f"{bot.url}/healthz"
         poll(lambda: requests.get(health).json()["failed"] == 1)
-        done = flask("failed")
-        assert re.match(r"\d+  \d+ s ago: .*20003", done.stdout)
+        done, id = flask("failed"), r"@RBT#001 jared \d+ \d+ \d+"
+        assert re.match(rf"\d+  \d+ s ago: {id}: .*20003", done.stdout)
+        assert re.search(f" message {id} failed: ", bot.log.read_text())
         sim.fault = lambda command, body: None
         assert flask("retry", "99").stdout == "0 put back.\n"
         assert flask("retry", done.stdout.split()[0]).stdout == "1 put back.\n"
         assert sim.wait(1)[0].text == "You said: hello (question 1 of our chat)"
+        assert flask("failed").stdout == "No message was given up.\n"
     finally:
         bot.stop()
 

@@ -8,6 +8,7 @@ import pytest
 
 import config
 from config import Config, ConfigError, Persona, misspelt
+from conftest import HERE
 from simulator import BotProcess
 
 
@@ -58,12 +59,27 @@ def test_settings_are_read_and_secrets_are_not_shown():
         {"DATABASE": "bot.db", "REDIS_URL": "redis://x"},
     ],
 )
-def test_a_wrong_setting_stops_the_start(sim, tmp_path, settings):
-    bot = BotProcess(sim, str(tmp_path), **settings).launch()
-    assert bot.process.wait(20) != 0
-    log = bot.log.read_text()
-    assert all(name in log for name in settings)
-    assert "Traceback" not in log
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_wrong_setting_stops_the_start_and_is_all_that_is_said(
+    sim, tmp_path, settings, workers
+):
+    bot = BotProcess(sim, str(tmp_path), WEB_CONCURRENCY=workers, **settings).launch()
+    assert bot.wait(20) == 3
+    said = [line for line in bot.log.read_text().splitlines() if line]
+    assert said[0].startswith(("The settings are not complete", "DATABASE_URL"))
+    assert len(said) == (1 if "DATABASE_URL" in settings else len(settings) + 1)
+    assert all(name in "".join(said) for name in settings)
+
+
+def test_a_bot_started_in_another_folder_says_what_is_wrong_or_starts(sim, tmp_path):
+    """gunicorn does not find gunicorn.conf.py there."""
+    bot = BotProcess(sim, str(tmp_path))
+    bot.command[-1:], bot.folder = ["--chdir", str(HERE), bot.command[-1]], tmp_path
+    key, bot.env["IM_KEY"] = bot.env["IM_KEY"], ""
+    assert bot.launch().wait(20) == 3
+    assert "IM_KEY is missing." in bot.log.read_text()
+    bot.env["IM_KEY"] = key
+    bot.start().stop()
 
 
 @pytest.mark.parametrize(
@@ -124,6 +140,12 @@ def test_a_service_whose_file_is_gone_is_named(monkeypatch):
     monkeypatch.setitem(config.SERVICES, "lost", "nowhere:LOST")
     with pytest.raises(ConfigError, match="lost is nowhere:LOST, which cannot be load"):
         config.service("lost")
+
+
+def test_a_robots_file_saved_by_windows_notepad_is_read(tmp_path):
+    file = tmp_path / "personas.toml"
+    file.write_text('["@RBT#1"]\nnick = "小明"', "utf-8-sig")
+    assert Config.from_env(WHOLE | PROXY | {"ROBOTS": str(file)}).robots["@RBT#1"].nick
 
 
 WHOLE = {"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"}

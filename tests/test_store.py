@@ -349,6 +349,7 @@ kept.close()
 """
 
 
+@pytest.mark.slow
 @and_pgbouncer
 def test_two_processes_of_eight_threads_lose_repeat_and_mix_up_nothing(kept, url):
     """2,000 messages of 40 conversations; claims are forgotten, leases run out."""
