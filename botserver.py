@@ -35,7 +35,16 @@ from werkzeug.exceptions import HTTPException
 import commands
 import tim
 from commands import TEXTS
-from config import COMMAND_LINE, REPLIES, Config, ConfigError, Persona, load, misspelt
+from config import (
+    CATCHING_UP,
+    COMMAND_LINE,
+    REPLIES,
+    Config,
+    ConfigError,
+    Persona,
+    load,
+    misspelt,
+)
 from providers import Provider, ProviderError, new_memory, words
 from replies import PlainReply
 from session import CancelScope
@@ -121,6 +130,10 @@ class Bot:
         self._providers: dict[Persona, Provider] = {}
         modes = {config.reply_mode, *(p.reply_mode for p in config.robots.values())}
         self._replies = {mode: load(REPLIES, mode) for mode in modes if mode}
+        self.missed: Any = None  # what looks for messages whose callbacks failed
+        for name in CATCHING_UP if config.catch_up else ():
+            parts = (config, store, im, self.workers, self.accept_missed)
+            self.missed = resolve_name(name)(*parts)
 
     def provider(self, robot: str) -> Provider:
         """Return the AI service of a robot."""
@@ -139,13 +152,24 @@ class Bot:
         elif commands.is_stop(message):
             self._stop(message, chat)
         else:
-            room, rate = self.config.max_waiting, self.config.rate_limit or NO_LIMIT
-            data, asker = message.data(), message.user
-            limits, sent = (asker, room, rate), message.sent
-            added = self.store.add(message.id, chat, data, *limits, sent=sent)
+            if self.missed:
+                self.missed.guard(message, chat)
+            added = self._add(message, chat)
             if added in (Added.QUEUE_FULL, Added.RATE_LIMITED):
                 self._refuse(message, chat, added)
-            self._wake(added)
+
+    def accept_missed(self, message: tim.Message) -> None:
+        """Store a message that came by no callback; nobody is told if it is refused."""
+        if self._allows(message) and not commands.is_stop(message):
+            chat = message.conversation(per_member=not self.shared_memory)
+            self._add(message, chat)
+
+    def _add(self, message: tim.Message, chat: str) -> Added:
+        room, rate = self.config.max_waiting, self.config.rate_limit or NO_LIMIT
+        limits, sent = (message.user, room, rate), message.sent
+        added = self.store.add(message.id, chat, message.data(), *limits, sent=sent)
+        self._wake(added)
+        return added
 
     def _allows(self, message: tim.Message) -> bool:
         users, groups = self.config.allow_users, self.config.allow_groups
@@ -185,6 +209,8 @@ class Bot:
         Raises LeaseLost, StoreError; the pool gives the message back then.
         """
         job, began = self._begin(work), time.monotonic()
+        if self._missed_first(job):
+            return
         try:
             if work.claim.spent:
                 return self._give_up(
@@ -203,6 +229,26 @@ class Bot:
         took = (round((asked - began) * 1000), round((sent - asked) * 1000))
         line = "%s: %s, ai %d ms, im %d ms, %d parts"
         logger.info(line, work.claim.id, job.outcome, *took, job.reply.parts)
+
+    def _missed_first(self, job: Job) -> bool:
+        """Look up what was missed, if that is the work, or has to come before it."""
+        message, claim = job.message, job.work.claim
+        if message.kind == "missed":
+            if self.missed and not claim.spent:
+                self.missed.run(job.work, message)
+            else:
+                self.workers.when_store_works(self.store.finish, claim)
+            return True
+        begun = claim.reply is not None or claim.progress
+        if (
+            begun
+            or not self.missed
+            or not self.missed.guard(message, claim.conversation)
+        ):
+            return False
+        self.store.release(claim, 0.0)
+        self.workers.wake()
+        return True
 
     def _begin(self, work: InFlight) -> Job:
         message, progress = read_message(work.claim.data), dict(work.claim.progress)
@@ -395,14 +441,25 @@ class Bot:
         self.workers.when_store_works(self.store.release, claim, delay)
 
     def _forget_unsure(self, job: Job) -> None:
-        """Count as sent what may have arrived, once Tencent may have forgotten it."""
+        """Count as sent what may have arrived, once Tencent may have forgotten it, but
+        for a part that Tencent's history surely lacks."""
         unsure, part = job.progress.get("unsure", {}), str(job.progress.get("at"))
         known = KNOWN_GROUP if job.message.group else KNOWN_C2C
         age = time.time() - unsure.get(part, time.time())
         if part in unsure and not 0 <= age <= known:  # the clock may be set back
-            logger.warning("%s counts as sent, unconfirmed", job.work.claim.id)
+            again = self._is_absent(job, int(part))
             del unsure[part]
-            job.reply.assume_sent()
+            what = "did not arrive" if again else "counts as sent, unconfirmed"
+            logger.warning("%s %s", job.work.claim.id, what)
+            if not again:
+                job.reply.assume_sent()
+
+    def _is_absent(self, job: Job, part: int) -> bool:
+        """Return whether Tencent's history surely lacks a part of an answer."""
+        if part < 0 or job.message.topic or not self.missed:
+            return False  # nobody knows
+        found = self.missed.is_absent(job.message, job.work.claim.seq, part + 1)
+        return bool(found)
 
     def _give_up(self, job: Job, reason: str) -> None:
         """Tell the user that no answer comes, and leave the message to the operator."""
@@ -486,6 +543,8 @@ def add_routes(app: Flask, bot: Bot) -> None:
         except tim.BadEvent as error:
             return refuse(400, str(error))
         except StoreError as error:
+            if bot.missed:
+                bot.missed.refused_at = time.time()
             return refuse(503, str(error))
         return OK, 200
 

@@ -16,12 +16,13 @@ from contextlib import closing
 from email.utils import parsedate_to_datetime
 from functools import wraps
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import click
 import requests
 
-from config import Config, ConfigError, Persona, misspelt
+from config import CATCHING_UP, Config, ConfigError, Persona, misspelt
 from providers import ProviderError
 from session import CancelScope
 from store import Store, StoreError
@@ -95,13 +96,7 @@ def delete_robot(config: Config, userid: str) -> None:
 @command
 def robots(config: Config) -> None:
     """List the app's chatbot accounts."""
-    click.echo("\n".join(list_robots(config)) or "There is no robot yet.")
-
-
-def list_robots(config: Config) -> list[str]:
-    """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
-    listed = config.im_client().call(f"{ROBOT_API}/get_all_robots", {})
-    return [str(userid) for userid in listed.get("Robot_Account") or []]
+    click.echo("\n".join(config.im_client().robots()) or "There is no robot yet.")
 
 
 @command
@@ -190,7 +185,7 @@ def check_token(config: Config) -> str:
 
 def check_robots(config: Config) -> str:
     """Say whether Tencent takes the key, and which robots there are."""
-    there = list_robots(config)
+    there = config.im_client().robots()
     if missing := [robot for robot in config.robots if robot not in there]:
         raise ValueError(f"{missing[0]} of robots.toml is not there: create-robot it")
     if not there:
@@ -209,6 +204,13 @@ def check_clock(config: Config) -> str:
     if abs(off) > 30:
         raise ValueError(f"this server's clock is {off:+.0f} s off: callbacks fail")
     return "agrees with Tencent's"
+
+
+def check_history(config: Config) -> str:
+    """Say whether messages whose callbacks failed can be found."""
+    if not config.catch_up or not CATCHING_UP:
+        return "not asked: what is written while no server runs is not answered"
+    return str(resolve_name(CATCHING_UP[0]).probe(config.im_client()))
 
 
 def check_ai(config: Config) -> str:
@@ -238,6 +240,7 @@ CHECKS = {
     "callback": check_token,
     "Tencent": check_robots,
     "clock": check_clock,
+    "history": check_history,
     "AI": check_ai,
     "store": check_store,
 }

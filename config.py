@@ -43,6 +43,9 @@ SERVICES: dict[str, Service | str] = {  # AI_PROVIDER -> a service, or where it 
 COMMAND_LINE = [  # what `flask --app botserver` can do besides `run`
     "cli:COMMANDS",
 ]
+CATCHING_UP = [  # how messages are found whose callbacks failed
+    "missed:Missed",
+]
 REMOVED = {  # settings of version 1.0 -> what to write instead
     "DATABASE": "DATABASE_URL=sqlite:///botserver.db (sqlite:////… from the root)",
     "REDIS_URL": "DATABASE_URL=postgresql://user:password@host:5432/name",
@@ -213,6 +216,7 @@ class Config:
     allow_users: tuple[str, ...] = setting((), LIST)
     allow_groups: tuple[str, ...] = setting((), LIST)
     robots: dict[str, Persona] = setting(dict, PERSONAS)
+    catch_up: int = setting(3600, number(int, 0, 86400))  # seconds; 0: never
     bot_language: str = setting("zh", one_of("zh", "en"))
     log_level: str = setting("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"))
 

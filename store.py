@@ -170,7 +170,7 @@ class Store:
 
     def state(self, id: str) -> str | None:
         """Return `open`, `done`, `gone` or `failed`, None if the id is not known."""
-        rows = self._read("state", {"id": storable(id)})
+        rows = self._read("known", {"id": storable(id)})
         return str(rows[0][0]) if rows else None
 
     def heartbeat(self, claims: Collection[Claim]) -> tuple[list[Claim], list[Claim]]:
@@ -527,8 +527,7 @@ SQL = {
         ON CONFLICT (id) DO NOTHING RETURNING 1""",
     # Count a message out that was not kept.
     "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",
-    "state": "SELECT state FROM message WHERE id = :id",
-    "known": "SELECT 1 FROM message WHERE id = :id",
+    "known": "SELECT state FROM message WHERE id = :id",
     "drop": "DELETE FROM conversation WHERE name = :conversation AND open = 0",
     # Take the conversation that is due longest.
     "take": """UPDATE conversation
@@ -555,8 +554,15 @@ SQL = {
         RETURNING 1""",
     # End a claim: of a conversation's only open message, or of one of several.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
+    # If the next message was accepted before this one, it waits: clients sort the
+    # answers of one second by MsgSeq, which comes of seq.
     "free": f"""UPDATE conversation
-        SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0
+        SET open = open - 1, token = NULL, attempts = 0, cancelled = 0,
+            due = {{now}} + CASE WHEN 0 < (SELECT sent FROM message WHERE seq = :seq)
+                AND :seq > (SELECT seq FROM message
+                    WHERE conversation = :conversation AND state = 'open'
+                        AND seq <> :seq ORDER BY sent, seq LIMIT 1)
+                THEN 1 ELSE 0 END
         WHERE {_HELD} RETURNING 1""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,
             state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,

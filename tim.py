@@ -115,9 +115,10 @@ class Message:
     group: str = ""  # empty in a one-to-one chat
     topic: str = ""
     images: tuple[str, ...] = ()  # URLs
-    # or "stop" (a button), "unsupported" (a voice, a file), "said" (the robot's own)
+    # or "stop" (a button), "unsupported" (a voice, a file), "said" (by the robot, of
+    # itself), "missed" (no message, but work of missed.py)
     kind: str = "question"
-    sent: int = 0  # Unix seconds, by Tencent's clock
+    sent: float = 0.0  # Unix seconds, by Tencent's clock; within a second by MsgSeq
     quote: str = ""  # of the message that it replies to
 
     def data(self) -> Json:
@@ -163,7 +164,8 @@ def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Mess
     quote = _quote(event)
     if kind == "question" and not (text or images or quote):
         return []
-    content = (text, group, topic, images, kind, int(unique[-1]), quote)
+    sent = int(unique[2]) + int(unique[0]) % 2**22 / 2**22  # what a float can hold
+    content = (text, group, topic, images, kind, sent, quote)
     return [Message(f"{robot}\t{rest}", robot, user, *content) for robot in robots]
 
 
@@ -174,11 +176,20 @@ def cut_mentions(text: str, names: Iterable[str]) -> str:
     """
     cut = text
     for name in sorted(names, key=len, reverse=True):
-        mention = rf"[@＠]{re.escape(name)}(?![A-Za-z0-9_])\s?"
-        cut = re.sub(mention, "", cut, flags=re.IGNORECASE)
+        cut = _mention(name).sub("", cut)
     if cut == text:
         cut = re.sub(r"^\s*[@＠]\S+(?:\s+(?![\s@＠])|\s*\Z)", "", text)
     return cut.strip()
+
+
+def is_mentioned(name: str, text: str) -> bool:
+    """Return whether a text holds `@name`."""
+    return bool(name and _mention(name).search(text))
+
+
+def _mention(name: str) -> re.Pattern[str]:
+    after = r"(?![A-Za-z0-9_])\s?"
+    return re.compile(f"[@＠]{re.escape(name)}{after}", re.IGNORECASE)
 
 
 def _robots(accounts: Any, field: str) -> list[str]:
@@ -306,6 +317,11 @@ class Client:
             asker = {"GroupAtAllFlag": 0, "GroupAt_Account": message.user}
             body["GroupAtInfo"] = [asker]
         return self.call("group_open_http_svc/send_group_msg", body)
+
+    def robots(self) -> list[str]:
+        """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
+        listed = self.call("openim_robot_http_svc/get_all_robots", {})
+        return [str(userid) for userid in listed.get("Robot_Account") or []]
 
     def call(self, command: str, body: Json, waits: Sequence[float] = PAUSES) -> Json:
         """Make a REST call and return Tencent's answer.

@@ -169,7 +169,7 @@ def test_what_a_robot_writes_while_no_server_runs_waits(sim, flask, tmp_path):
 def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
     done = flask("doctor")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("ok  ") == 5 and "FAIL" not in done.stdout
+    assert done.stdout.count("ok  ") == 6 and "FAIL" not in done.stdout
     assert "/im" in done.stdout
 
 
