@@ -76,7 +76,7 @@ class History:
                 return
             page = {name: answer[name] for name in names}
 
-    def messages(self, chat: Message, since: float) -> list[Json]:
+    def messages(self, chat: Message, since: int) -> list[Json]:
         """Return the messages of a message's conversation, the oldest first."""
         if chat.group:
             items = [*self._in_group(chat.group, since)]
@@ -89,10 +89,10 @@ class History:
                 items = [*self._one_to_one(chat.robot, chat.user, since)]
         return sorted(items, key=lambda item: (item["MsgTimeStamp"], item["MsgSeq"]))
 
-    def _one_to_one(self, account: str, peer: str, since: float) -> Iterator[Json]:
+    def _one_to_one(self, account: str, peer: str, since: int) -> Iterator[Json]:
         """https://www.tencentcloud.com/document/product/1047/35478"""
         body: Json = {"Operator_Account": account, "Peer_Account": peer, "MaxCnt": 100}
-        body |= {"MinTime": int(since), "MaxTime": int(time.time()) + MARGIN}
+        body |= {"MinTime": since, "MaxTime": int(time.time()) + MARGIN}
         for _ in range(PAGES):
             answer = self._call("openim/admin_getroammsg", body)
             yield from answer.get("MsgList") or []
@@ -101,7 +101,7 @@ class History:
             body["MaxTime"] = answer["LastMsgTime"]
             body["LastMsgKey"] = answer["LastMsgKey"]
 
-    def _in_group(self, group: str, since: float) -> Iterator[Json]:
+    def _in_group(self, group: str, since: int) -> Iterator[Json]:
         """https://www.tencentcloud.com/document/product/1047/34971"""
         body: Json = {"GroupId": group, "ReqMsgNumber": 20}
         for _ in range(PAGES):
@@ -129,7 +129,7 @@ class Missed:
         self.config, self.store, self.workers = config, store, workers
         self.history, self._accept = History(im), accept
         self.refused_at = 0.0  # when this process last refused a callback
-        self.window: Json = {}  # the one that is open: its id, since when, opened when
+        self.window: Json | None = None  # that is open: its id, since when, opened at
         self._well_at = time.time()  # when this process was last well
         self._lock = threading.Lock()  # held during a beat
         self._warned: set[str] = set()  # of which a refusal was logged
@@ -161,31 +161,27 @@ class Missed:
     def _open(self, silent: list[float], now: float) -> None:
         """Open a window that begins at the first of these times."""
         since = int(max(min(silent), now - self.config.catch_up))
-        since = min(since, self.window.get("since", since))
-        self.window = {"id": f"missed\t{max(silent)}", "since": since, "at": now}
+        if self.window:
+            since = min(since, self.window["since"])
+        id = f"missed\t{max(silent)}"
+        self.window = {"id": id, "since": since, "at": now}
         self.store.put("missed", self.window)
-        job = Message(self.window["id"], "", "", "", kind="missed", sent=since)
+        job = Message(id, "", "", "", kind="missed", sent=since)
         if self.store.add(job.id, "missed", job.data(), sent=now) == Added.NEW:
             logger.info("callbacks may have failed in the last %.0f s", now - since)
 
-    def comes_first(self, work: InFlight, message: Message) -> bool:
-        """Return whether a message was given back, since its conversation has to be
-        looked up before."""
-        if self.refused_at > self._well_at and not self.window:
+    def guard(self, message: Message, conversation: str) -> bool:
+        """Return whether a conversation has to be looked up before it goes on."""
+        refused = self.refused_at > self._well_at
+        if self.window is None or refused and not self.window:
             self.beat()
-        claim, window = work.claim, self.window
-        begun = claim.reply is not None or claim.progress
-        if not window or begun or message.topic:
+        if not self.window or message.topic:
             return False
-        first = self._add_task(window, message, claim.conversation)
-        if first:
-            self.store.release(claim, 0.0)
-            self.workers.wake()
-        return first
+        return self._add_task(self.window, message, conversation)
 
     def _add_task(self, window: Json, chat: Message, conversation: str) -> bool:
-        """Have a conversation looked up, unless it was in this window; return whether
-        that is still to be done."""
+        """Have a conversation looked up once in a window; return whether it is to be,
+        perhaps since another process just said so."""
         id, since = f"{window['id']}\t{conversation}", window["since"]
         state = self.store.state(id)
         if state is None:
@@ -277,7 +273,7 @@ class Missed:
         _, chance = tim.numbers(message.id, order, part)
         asked = message.id.split("\t")[-3:-1]
         with self._or_warning("\tanswers"):
-            items = self.history.messages(message, message.sent)
+            items = self.history.messages(message, int(message.sent))
             sent = [i["MsgRandom"] for i in items if i["From_Account"] == message.robot]
             there = [[str(i["MsgSeq"]), str(i["MsgRandom"])] for i in items]
             return chance not in sent and asked in there

@@ -18,8 +18,8 @@ from typing import Any
 
 import requests
 
-from config import robots_file
-from providers import PROVIDERS
+from config import SERVICES, robots_file
+from config import service as service_of
 
 from .ai import actor
 from .bot import ROOT, bot_settings, interrupt_on_signals, running
@@ -135,7 +135,7 @@ def real_service(settings: dict[str, str]) -> tuple[Relay, str] | None:
     The relay takes its place in the settings.
     """
     name = settings["AI_PROVIDER"]
-    service = PROVIDERS.get(name)
+    service = service_of(name) if name in SERVICES else None
     if not {"AI_SECRET_KEY", "AI_BASE_URL"} & set(settings) and name != "ollama":
         return None
     settings.setdefault("AI_SECRET_KEY", "")

@@ -11,8 +11,8 @@ from pathlib import Path
 # A line of the bot's logging, or of gunicorn's.
 LOUD = r"WARNING|ERROR|CRITICAL"
 WARNING = re.compile(rf"\S+ \S+ (?:(?:{LOUD}) \S+|\S+ \[\d+\] \[(?:{LOUD})\]) (.+)")
-# The id of a message: robot, user, group, topic, MsgSeq, MsgRandom, MsgTime.
-ID = re.compile(r"(@RBT#[^\t]*)\t([^\t]+)\t([^\t]*)\t[^\t]*\t(-?\d+)\t(-?\d+)\t-?\d+")
+# The id of a message: robot, user, perhaps group and topic, MsgSeq, MsgRandom, MsgTime.
+ID = re.compile(r"(@RBT#\S+) (\S+)(?: \S+){0,2} (\d+) (\d+) \d{9,}")
 
 
 @contextmanager
@@ -24,8 +24,8 @@ def warnings_told(log: Path, tell: Callable[[str, str], None]) -> Iterator[None]
         for line in follow(log, ended):
             if found := WARNING.match(line):
                 named = ID.search(found[1])
-                text = ID.sub(r"\2 → \1", found[1]).replace("\t", " ")
-                tell(text, f"{named[4]} {named[5]}" if named else "")
+                text = ID.sub(r"\2 → \1", found[1])
+                tell(text, f"{named[3]} {named[4]}" if named else "")
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()

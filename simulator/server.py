@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 from . import page
 from .ai import DONE, sse, whole
 from .messages import Json
+from .platforms import Service
 from .relay import Relay, Unreachable, passed_on
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._relay(simulator, simulator.relay, body)
         elif url.path == "/v1/chat/completions":
             self._ai(simulator, body)
+        elif service := simulator.services.get(url.path):
+            self._platform(simulator, service, body)
         elif url.path.startswith("/v4/"):
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             self._im(simulator, url.path.removeprefix("/v4/"), query, body)
@@ -119,6 +122,17 @@ class _Handler(BaseHTTPRequestHandler):
                 self._stream(simulator, simulator.stream(answer["text"]))
             else:
                 self._answer_whole(simulator, answer["text"])
+
+    def _platform(self, simulator: Simulator, service: Service, body: bytes) -> None:
+        asked, trace = json.loads(body), self.headers.get("X-Client-Request-Id", "")
+        with simulator.on_wire("AI", self.path, asked, trace=trace) as call:
+            status, answer = service(self.headers, asked)
+            call["status"] = status
+            if isinstance(answer, dict):
+                call["answer"] = answer
+                self._answer(status, answer)
+            else:
+                self._stream(simulator, answer)
 
     def _relay(self, simulator: Simulator, relay: Relay, body: bytes) -> None:
         path, asked = self.path.removeprefix("/v1"), decoded(body)

@@ -1,4 +1,4 @@
-"""The stand-in as a whole: Tencent IM, an AI service, and what users do."""
+"""The stand-in as a whole: Tencent IM, AI services, and what users do."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import requests
 
 from usersig import sign_callback
 
-from .ai import AIService
 from .messages import Delivered, Json, c2c_event, group_event, name_of
+from .platforms import AgentPlatforms
 from .relay import Relay
 from .server import Server
 from .tencent import KEY
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .bot import BotProcess
 
 
-class Simulator(Wire, AIService):
+class Simulator(Wire, AgentPlatforms):
     """Tencent IM and an AI service on a port of 127.0.0.1; a `with` serves it.
 
     Callbacks go to the bot at `bot_url`. With none, or while the bot is `unreachable`,
@@ -35,7 +35,7 @@ class Simulator(Wire, AIService):
         self, sdkappid: int = 1400000000, key: str = KEY, port: int = 0
     ) -> None:
         Wire.__init__(self, sdkappid, key)
-        AIService.__init__(self)
+        AgentPlatforms.__init__(self)
         self.token, self.secret = "stand-in-token", self.ai_key
         self.bot_url = ""
         self.unreachable = False  # Tencent cannot reach the bot: callbacks are lost

@@ -114,6 +114,18 @@ def test_a_real_ai_call_is_on_the_wire_while_it_streams_without_the_key(real, re
     assert KEY not in json.dumps([*relayed.wire], ensure_ascii=False)
 
 
+@pytest.mark.parametrize("service", ["dify", "adp"])
+def test_a_real_platform_is_relayed_too(real, service):
+    real.dify_key = real.adp_key = KEY
+    with running(AI_PROVIDER=service, AI_SECRET_KEY=KEY) as (simulator, bot):
+        simulator.relay, simulator.secret = Relay(f"{real.url}/v1"), KEY
+        event = simulator.say("jared", "@RBT#001", "hello")
+        assert simulator.wait(1)[0].text == "You said: hello (question 1 of our chat)"
+        [call] = ai_calls(simulator)
+    assert call["of"] == f"{event['MsgSeq']} {event['MsgRandom']}"
+    assert len(real.ai_requests) == 1 and KEY not in json.dumps(call)
+
+
 def test_an_answer_in_one_piece_is_passed_on_too(real, relayed):
     real.ai_answer = lambda messages: "你好" * 5000
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": False}
@@ -162,12 +174,12 @@ def test_a_real_answer_that_breaks_off_breaks_off_for_the_bot(relayed, ai_socket
 def test_the_bots_warnings_are_told_with_their_questions(tmp_path):
     log, told = tmp_path / "bot.log", []
     log.write_text("")
-    id = "@RBT#001\tjared\t@TGS#demo\t\t17\t4\t1764000000"
+    id, other = (f"@RBT#001 {chat} 17 4 1764000000" for chat in ("jared @TGS#a", "lin"))
     lines = [
         f"2025-11-24 22:27:01,123 INFO botserver {id}: answered, ai 1 ms",
         f"2025-11-24 22:27:01,123 WARNING botserver no answer for {id}: HTTP 401",
         "[2025-11-24 22:27:01 +0000] [13] [CRITICAL] WORKER TIMEOUT (pid:14)",
-        f"2025-11-24 22:27:01,123 ERROR store message {id} failed: 80001",
+        f"2025-11-24 22:27:01,123 ERROR store message {other} failed: 80001",
     ]
     with warnings_told(log, lambda *told_of: told.append(told_of)):
         with log.open("a") as file:
@@ -176,7 +188,7 @@ def test_the_bots_warnings_are_told_with_their_questions(tmp_path):
     assert told == [
         ("no answer for jared → @RBT#001: HTTP 401", "17 4"),
         ("WORKER TIMEOUT (pid:14)", ""),
-        ("message jared → @RBT#001 failed: 80001", "17 4"),
+        ("message lin → @RBT#001 failed: 80001", "17 4"),
     ]
 
 

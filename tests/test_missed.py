@@ -22,7 +22,9 @@ from simulator import BotProcess, text_body
 from simulator.history import LOOKUPS
 
 ROBOT, GROUP = "@RBT#001", "@TGS#demo"
-LIST, ROAM, IN_GROUP = LOOKUPS
+LIST, ROAM, _ = LOOKUPS
+USERS = [f"user{number}" for number in range(60)]
+MESSAGES, A_SECOND = 600, 50
 
 
 @pytest.fixture(autouse=True)
@@ -435,3 +437,194 @@ def test_the_store_is_asked_nothing_more_for_a_message_while_all_is_well(
     bots.sim.wait(1)
     poll(lambda: len({*asked}) == 1 and len(asked) > 2)  # the maintenance loop
     assert bots.answered() == ["hello"]
+
+
+@pytest.fixture
+def short_windows(monkeypatch):
+    """Let the bot be sure for half a second only that Tencent knows a repetition."""
+    monkeypatch.setattr(botserver, "KNOWN_C2C", 0.5)
+    monkeypatch.setattr(botserver, "KNOWN_GROUP", 0.5)
+    monkeypatch.setattr(tim.Client.call, "__defaults__", ((0.0, 0.0),))
+
+
+def unsure(sim, how, part="bbb", tries=3):
+    """Let the first tries to send a part be "lost", or come "late"."""
+    failed = []
+
+    def fault(command, body):
+        if "send" in command and part in str(body) and len(failed) < tries:
+            failed.append(body)
+            return how
+        return None
+
+    sim.ai_answer = lambda messages: "a" * 8000 + "\n\n" + "b" * 8000
+    sim.fault = fault
+
+
+@pytest.mark.parametrize("place", ["one-to-one", "group"])
+@pytest.mark.parametrize("mode", ["whole", "modify"])
+@pytest.mark.parametrize("how", ["late", "lost"])
+def test_the_history_says_whether_an_unsure_answer_arrived(
+    sim, bots, short_windows, caplog, place, mode, how
+):
+    unsure(sim, how)
+    bots.start(reply_mode=mode)
+    if place == "group":
+        bots.im.post(sim.say_in_group("jared", GROUP, "tell", [ROBOT]))
+    else:
+        bots.im.say("tell")
+    said = {"late": "counts as sent", "lost": "did not arrive"}[how]
+    poll(lambda: said in caplog.text)
+    poll(lambda: idle(bots.im))
+    assert ["bbb" in m.text for m in sim.delivered] == [False, True]
+    assert not bots.store.failed()
+
+
+def test_an_answer_that_is_unsure_again_is_asked_for_again(
+    sim, bots, short_windows, caplog
+):
+    unsure(sim, "lost", tries=6)
+    bots.start().im.say("tell")
+    poll(lambda: caplog.text.count("did not arrive") == 2)
+    poll(lambda: idle(bots.im))
+    assert ["bbb" in m.text for m in sim.delivered] == [False, True]
+
+
+@pytest.mark.parametrize("why", ["refused", "without history", "catch_up", "a topic"])
+def test_an_unsure_answer_counts_as_sent_where_the_history_cannot_say(
+    sim, bots, short_windows, caplog, why
+):
+    unsure(sim, "lost")
+    bots.start(catch_up=0 if why == "catch_up" else 3600)
+    sim.refused = {*LOOKUPS} if why == "refused" else set()
+    sim.remembers = why != "without history"
+    if why == "a topic":
+        about = {"TopicId": "t"}
+        bots.im.post(sim.say_in_group("jared", GROUP, "tell", [ROBOT], **about))
+    else:
+        bots.im.say("tell")
+    poll(lambda: "counts as sent" in caplog.text)
+    poll(lambda: idle(bots.im))
+    assert len(sim.delivered) == 1 and not bots.store.failed()
+
+
+def test_while_tencent_is_away_an_unsure_answer_is_not_given_up(
+    sim, bots, short_windows, caplog
+):
+    bots.start()
+    away = time.monotonic() + 4
+    sim.fault = lambda command, body: "lost" if time.monotonic() < away else None
+    bots.im.say("tell")
+    assert len(sim.wait(1)) == 1
+    assert "did not arrive" in caplog.text and "counts as sent" not in caplog.text
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request, tmp_path):
+    if request.param == "postgres":
+        return request.getfixturevalue("postgres_server").url
+    return f"sqlite:///{tmp_path}/bot.db"
+
+
+@pytest.fixture
+def start_bots(sim, tmp_path, url):
+    """Return a function that starts servers which share a store."""
+    started = []
+    sim.users |= {*USERS}
+    sim.ai_delay = 0.05
+
+    def start(count, **settings):
+        settings = {"RATE_LIMIT": 0, "MAX_WAITING": MESSAGES} | settings
+        for number in range(count):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            bot = BotProcess(sim, str(folder), DATABASE_URL=url, **settings)
+            started.append(bot.start())
+        return started
+
+    yield start
+    for bot in started:
+        if bot.alive():
+            bot.stop(signal.SIGKILL)
+
+
+def say_all(sim, bots, act):
+    """Let users write, each to its server by turns, and after 3 s do something.
+
+    Returns how many callbacks failed.
+    """
+    failed, began, sim.bot_url = [], time.monotonic(), ""
+
+    def write(numbers):
+        for number in numbers:
+            time.sleep(max(0.0, began + number / A_SECOND - time.monotonic()))
+            user = number % len(USERS)
+            event = sim.say(USERS[user], ROBOT, str(number))
+            about = {"params": sim.signed(event), "json": event, "timeout": 5}
+            try:
+                url = bots[user % len(bots)].url
+                requests.post(f"{url}/im", **about).raise_for_status()
+            except requests.RequestException:
+                failed.append(number)
+
+    shares = [range(first, MESSAGES, 20) for first in range(20)]
+    threads = [threading.Thread(target=write, args=(share,)) for share in shares]
+    for thread in threads:
+        thread.start()
+    time.sleep(3)
+    act()
+    for thread in threads:
+        thread.join()
+    return len(failed)
+
+
+def interrupt(bot, how, seconds=5.2):
+    bot.stop(how)
+    time.sleep(seconds)
+    bot.start()
+    bot.simulator.bot_url = ""
+
+
+OUTAGES = {  # servers, processes of each, how one is stopped
+    "stopped": (1, 1, signal.SIGTERM),
+    "two processes killed": (1, 2, signal.SIGKILL),
+    "one of two servers killed": (2, 1, signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_of_600_messages_none_is_missed_while_a_server_is_away(sim, start_bots, outage):
+    servers, processes, how = OUTAGES[outage]
+    bots, calls = start_bots(servers, WEB_CONCURRENCY=processes), []
+    sim.fault = lambda command, _: calls.append((command, time.monotonic()))
+    failed = say_all(sim, bots, lambda: interrupt(bots[0], how))
+    assert failed > 100
+    sim.wait(MESSAGES, timeout=20)
+    poll(lambda: requests.get(f"{bots[0].url}/healthz").json()["waiting"] == 0)
+    for number, user in enumerate(USERS):
+        numbers = range(number, MESSAGES, len(USERS))
+        assert said_to(sim, user) == [str(n) for n in numbers]
+    assert len(sim.delivered) == MESSAGES
+    assert how == signal.SIGKILL or len(sim.ai_requests) == MESSAGES
+    assert set(sim.looked_up.values()) == {1} and sum(sim.lookups.values()) < 400
+    looked = [at for command, at in calls if command in LOOKUPS]
+    busiest = max(sum(at <= other < at + 1 for other in looked) for at in looked)
+    assert busiest <= 12 * servers * processes  # 10 a second, and what is late
+    for bot in bots:
+        log = bot.log.read_text()
+        assert "Traceback" not in log and "WARNING" not in log
+
+
+def test_if_tencent_refuses_the_rest_is_answered_all_the_same(sim, start_bots):
+    bots = start_bots(1)
+    sim.refused = {*LOOKUPS}
+    failed = say_all(sim, bots, lambda: interrupt(bots[0], signal.SIGKILL))
+    sim.wait(MESSAGES - failed)
+    poll(lambda: requests.get(f"{bots[0].url}/healthz").json()["waiting"] == 0)
+    assert len(sim.delivered) == MESSAGES - failed
+    for user in USERS:
+        numbers = [int(number) for number in said_to(sim, user)]
+        assert numbers == sorted({*numbers})
+    log = bots[0].log.read_text()
+    assert log.count("WARNING") == 1 and "10004" in log
+    assert requests.get(f"{bots[0].url}/healthz").json()["failed"] == 0

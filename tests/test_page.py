@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from conftest import poll
-from simulator import PACE, actor, running
+from simulator import PACE, actor, lifeline, running
 from simulator.botlog import warnings_told
 from simulator.messages import name_of
 
@@ -42,9 +42,11 @@ def browser(tmp_path):
     for flag in [*CHROMIUM.split(), "--lang=en", f"--user-data-dir={tmp_path}/user"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
-    yield driver
-    driver.quit()
+    service = webdriver.ChromeService(paths[1], popen_kw={"start_new_session": True})
+    driver = webdriver.Chrome(options, service)
+    with lifeline(service.process):
+        yield driver
+        driver.quit()
 
 
 class Page:
@@ -90,6 +92,7 @@ def stage(browser):
     assert [line for line in browser.get_log("browser")] == []
 
 
+@pytest.mark.slow
 def test_a_chat_in_a_browser(stage, browser):
     page, sim = stage.page, stage.sim
 
@@ -139,6 +142,7 @@ def test_a_chat_in_a_browser(stage, browser):
     poll(lambda: page.answers()[2:] == ["你说：你好！（这段对话的第 3 个问题）"])
 
 
+@pytest.mark.slow
 def test_the_panel_tells_what_went_wrong_and_nothing_that_did_not_happen(stage):
     page = stage.page
 
@@ -178,6 +182,7 @@ def test_the_panel_tells_what_went_wrong_and_nothing_that_did_not_happen(stage):
     assert page.text("#calls").count("HTTP 500") >= 3
 
 
+@pytest.mark.slow
 def test_what_is_written_while_the_bot_is_down_is_found_later(stage):
     page, bot = stage.page, stage.bot
     page.write("one")
@@ -196,6 +201,7 @@ def test_what_is_written_while_the_bot_is_down_is_found_later(stage):
     assert "bot → AI completions" in page.text("#calls")
 
 
+@pytest.mark.slow
 def test_writing_in_a_group_and_replying_to_a_message(stage):
     sim = stage.sim
     sim.robots["@RBT#002"] = "Dr. No"  # a persona's nick
@@ -243,6 +249,7 @@ def test_writing_in_a_group_and_replying_to_a_message(stage):
     assert not page.all("#quote")[0].is_displayed()
 
 
+@pytest.mark.slow
 def test_on_a_phone_what_can_be_touched_is_large(stage):
     page = Page(stage.page.browser, stage.sim.url, width=390)
     page.write("Hello!")
@@ -257,6 +264,7 @@ def test_on_a_phone_what_can_be_touched_is_large(stage):
         assert not item.is_displayed() or item.size["height"] >= 40, item.text
 
 
+@pytest.mark.slow
 def test_every_call_belongs_to_its_question():
     with running(REPLY_MODE="modify") as (sim, bot):
         sim.ai_delay = 0.2  # so that the same is asked in several chats at once
