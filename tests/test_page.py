@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from conftest import poll
-from simulator import PACE, actor, running
+from simulator import PACE, actor, lifeline, running
 
 CHROMIUM = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
@@ -36,9 +36,11 @@ def browser(tmp_path):
     for flag in [*CHROMIUM.split(), "--lang=en", f"--user-data-dir={tmp_path}/user"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
-    yield driver
-    driver.quit()
+    service = webdriver.ChromeService(paths[1], popen_kw={"start_new_session": True})
+    driver = webdriver.Chrome(options, service)
+    with lifeline(service.process):
+        yield driver
+        driver.quit()
 
 
 class Page:
@@ -68,6 +70,7 @@ class Page:
         return [item.text for item in self.all("#log li:not(.mine, .open) .bubble")]
 
 
+@pytest.mark.slow
 def test_a_chat_in_a_browser(browser):
     with running(REPLY_MODE="custom", BOT_LANGUAGE="en") as (sim, bot):
         sim.ai_answer, sim.ai_pace = actor, PACE
