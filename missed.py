@@ -33,6 +33,7 @@ OTHERS_GAP = 1.5  # the same for others, when a server starts: in the place of o
 AWAY = 600.0  # seconds after which a silent server is not expected back
 MARGIN = 10  # seconds by which clocks may differ
 RATE = 10  # calls a second of one process, and tasks a second, at the most
+LONGEST_WAIT = 1.0  # seconds for which a thread waits for its turn to call
 PAGES = 100  # of one list, at the most
 PATIENCE = 120.0  # seconds in which a look-up that gets no answer is tried again
 RECALLED = 8  # in MsgFlagBits
@@ -47,17 +48,23 @@ class History:
     def __init__(self, im: tim.Client) -> None:
         self.im = im
         self._lock = threading.Lock()
-        self._next_call = 0.0  # time.monotonic()
+        self._free_at = self._queue_ends = 0.0  # time.monotonic()
 
     def delay(self) -> float:
-        """Return the seconds until a call could be made."""
-        return max(0.0, self._next_call - time.monotonic())
+        """Return the seconds after which a look-up should come again; 0 if it may
+        begin, and wait for its turn."""
+        now = time.monotonic()
+        with self._lock:
+            if self._free_at - now < LONGEST_WAIT:
+                return 0.0
+            self._queue_ends = max(self._queue_ends, now + LONGEST_WAIT) + 1 / RATE
+            return min(self._queue_ends - now, 60.0)
 
     def _call(self, command: str, body: Json) -> Json:
         with self._lock:
-            delay = self.delay()
-            self._next_call = time.monotonic() + delay + 1 / RATE
-        time.sleep(delay)
+            turn = max(self._free_at, time.monotonic())
+            self._free_at = turn + 1 / RATE
+        time.sleep(max(0.0, turn - time.monotonic()))
         return self.im.call(command, body, waits=())
 
     def conversations(self, robot: str, since: float) -> Iterator[tuple[str, str]]:
@@ -203,10 +210,10 @@ class Missed:
 
     def run(self, work: InFlight, message: Message) -> None:
         """Do a job or a task."""
-        claim, delay = work.claim, self.history.delay()
+        claim = work.claim
+        if message.robot and (delay := self.history.delay()):
+            return self.store.release(claim, delay)
         try:
-            if message.robot and delay > 1:  # enough threads wait for their turn
-                return self.store.release(claim, delay)
             with self._or_warning(message.id):
                 if message.robot:
                     self._look_up(message)
