@@ -35,8 +35,17 @@ from werkzeug.exceptions import HTTPException
 import commands
 import tim
 from commands import TEXTS
-from config import COMMAND_LINE, REPLIES, Config, ConfigError, Persona, load, misspelt
-from providers import Provider, ProviderError, words
+from config import (
+    CATCHING_UP,
+    COMMAND_LINE,
+    REPLIES,
+    Config,
+    ConfigError,
+    Persona,
+    load,
+    misspelt,
+)
+from providers import Provider, ProviderError, new_memory, words
 from replies import PlainReply
 from session import CancelScope
 from store import MAX_ATTEMPTS, MINUTE, NO_LIMIT, Added, Store, StoreError
@@ -121,6 +130,10 @@ class Bot:
         self._providers: dict[Persona, Provider] = {}
         modes = {config.reply_mode, *(p.reply_mode for p in config.robots.values())}
         self._replies = {mode: load(REPLIES, mode) for mode in modes if mode}
+        self.missed: Any = None  # what looks for messages whose callbacks failed
+        for name in CATCHING_UP if config.catch_up else ():
+            parts = (config, store, im, self.workers, self.accept_missed)
+            self.missed = resolve_name(name)(*parts)
 
     def provider(self, robot: str) -> Provider:
         """Return the AI service of a robot."""
@@ -139,13 +152,24 @@ class Bot:
         elif commands.is_stop(message):
             self._stop(message, chat)
         else:
-            room, rate = self.config.max_waiting, self.config.rate_limit or NO_LIMIT
-            data, asker = message.data(), message.user
-            limits, sent = (asker, room, rate), message.sent
-            added = self.store.add(message.id, chat, data, *limits, sent=sent)
+            if self.missed:
+                self.missed.guard(message, chat)
+            added = self._add(message, chat)
             if added in (Added.QUEUE_FULL, Added.RATE_LIMITED):
                 self._refuse(message, chat, added)
-            self._wake(added)
+
+    def accept_missed(self, message: tim.Message) -> None:
+        """Store a message that came by no callback; nobody is told if it is refused."""
+        if self._allows(message) and not commands.is_stop(message):
+            chat = message.conversation(per_member=not self.shared_memory)
+            self._add(message, chat)
+
+    def _add(self, message: tim.Message, chat: str) -> Added:
+        room, rate = self.config.max_waiting, self.config.rate_limit or NO_LIMIT
+        limits, sent = (message.user, room, rate), message.sent
+        added = self.store.add(message.id, chat, message.data(), *limits, sent=sent)
+        self._wake(added)
+        return added
 
     def _allows(self, message: tim.Message) -> bool:
         users, groups = self.config.allow_users, self.config.allow_groups
@@ -160,9 +184,9 @@ class Bot:
         every = MINUTE if reason == Added.RATE_LIMITED else NOTICE_EVERY
         place = (message.robot, message.group or message.user)
         id = "\t".join((reason, *place, f"{time.time() // every:.0f}"))
-        data = replace(message, text="", images=()).data()  # nobody needs them
+        empty = replace(message, text="", quote="", images=())  # nobody needs them
         text = self.texts[reason]
-        self._wake(self.store.add(id, f"{chat}\tnotice", data, reply=text))
+        self._wake(self.store.add(id, f"{chat}\tnotice", empty.data(), reply=text))
 
     def _stop(self, message: tim.Message, chat: str) -> None:
         """Stop the answer of a chat. The confirmation does not wait behind it."""
@@ -185,6 +209,8 @@ class Bot:
         Raises LeaseLost, StoreError; the pool gives the message back then.
         """
         job, began = self._begin(work), time.monotonic()
+        if self._missed_first(job):
+            return
         try:
             if work.claim.spent:
                 return self._give_up(
@@ -203,6 +229,26 @@ class Bot:
         took = (round((asked - began) * 1000), round((sent - asked) * 1000))
         line = "%s: %s, ai %d ms, im %d ms, %d parts"
         logger.info(line, work.claim.id, job.outcome, *took, job.reply.parts)
+
+    def _missed_first(self, job: Job) -> bool:
+        """Look up what was missed, if that is the work, or has to come before it."""
+        message, claim = job.message, job.work.claim
+        if message.kind == "missed":
+            if self.missed and not claim.spent:
+                self.missed.run(job.work, message)
+            else:
+                self.workers.when_store_works(self.store.finish, claim)
+            return True
+        begun = claim.reply is not None or claim.progress
+        if (
+            begun
+            or not self.missed
+            or not self.missed.guard(message, claim.conversation)
+        ):
+            return False
+        self.store.release(claim, 0.0)
+        self.workers.wake()
+        return True
 
     def _begin(self, work: InFlight) -> Job:
         message, progress = read_message(work.claim.data), dict(work.claim.progress)
@@ -273,7 +319,8 @@ class Bot:
             return self.texts["unsupported"]
         if found := commands.find(message):
             return self._run_command(job, *found)
-        readable = message.text or self.provider(message.robot).service.images
+        sees = self.provider(message.robot).service.images
+        readable = message.text or message.quote or sees
         return "" if readable else self.texts["no_vision"]
 
     def _run_command(self, job: Job, command: commands.Command, argument: str) -> str:
@@ -292,16 +339,32 @@ class Bot:
         """Return the AI's answer, shown while it grows, or why there is none."""
         job.outcome, text = "answered", ""
         provider = self.provider(job.message.robot)
-        chat, interval = self._chat(job, provider), job.reply.update_interval
+        memory = self._memory(job) if provider.service.remembers else None
+        chat, interval = self._chat(job, provider, memory), job.reply.update_interval
         try:
-            for text in provider.chat(chat, job.scope, interval):
+            for text in provider.chat(chat, job.scope, interval, memory):
                 if not job.scope.ended:  # else it is saved and closed at once
                     job.reply.update(text)
-            return Said(text, remember=True)
+            said = Said(text, remember=True)
         except ProviderError as error:
             if job.work.lost:
                 raise LeaseLost from None
-            return self._cut(job, error, text, chat)
+            said = self._cut(job, error, text, chat)
+        if not memory:
+            return said
+        name = job.work.claim.conversation
+        self.workers.when_store_works(self.store.put, name, memory)
+        return said._replace(remember=False)  # the service does
+
+    def _memory(self, job: Job) -> Json:
+        """Return what a service that remembers knows the chat by."""
+        message, name = job.message, job.work.claim.conversation
+        memory = self.store.get(name)
+        if not memory:
+            shared = message.group if self.shared_memory else ""
+            memory = new_memory(shared or message.user)
+            self.store.put(name, memory)  # after a crash the session is the same
+        return memory
 
     def _cut(self, job: Job, error: ProviderError, text: str, chat: list[Json]) -> Said:
         """Return what to show instead of an answer, or after half of one."""
@@ -314,13 +377,13 @@ class Bot:
             return Said(why, failed=True)
         return Said(text, self.texts["cut"].format(why))
 
-    def _chat(self, job: Job, provider: Provider) -> list[Json]:
+    def _chat(self, job: Job, provider: Provider, memory: Json | None) -> list[Json]:
         """Return the question as the AI service gets it: prompt, old turns, new one."""
         message, chat = job.message, job.work.claim.conversation
         turns = [{"role": "user", "content": self._question(message, provider)}]
-        room = HISTORY_CHARACTERS
-        for data, reply in self.store.history(chat, self.config.history_turns)[::-1]:
-            asked = self._spoken(read_message(data))
+        room, history = HISTORY_CHARACTERS, self._history(chat, memory)
+        for old, reply in history[::-1]:
+            asked = self._spoken(old)
             room -= len(asked) + len(reply)
             if room < 0:
                 break
@@ -328,13 +391,31 @@ class Bot:
             turns.append({"role": "user", "content": asked})
         prompt = self.config.persona(message.robot).system_prompt
         prompt = prompt or self.config.ai_system_prompt
+        if memory and prompt == Config.ai_system_prompt:
+            prompt = ""  # nobody set it, and the service has one of its own
         return [*turns, {"role": "system", "content": prompt}][::-1]
+
+    def _history(self, chat: str, memory: Json | None) -> list[tuple[tim.Message, str]]:
+        """Return the old turns of a chat. A service that remembers does not know those
+        that began with the robot since it was asked last."""
+        found = self.store.history(chat, self.config.history_turns)
+        turns = [(read_message(data), reply) for data, reply in found]
+        if memory:
+            turns = [turn for turn in turns if turn[0].kind == "said"]
+            ids = [message.id for message, _ in turns]
+            if memory.get("told") in ids:
+                turns = turns[ids.index(memory["told"]) + 1 :]
+            memory["told"] = ids[-1] if ids else ""
+        return turns
 
     def _spoken(self, message: tim.Message) -> str:
         """Return a question as a turn of the chat. In a group its first line says who
         asked; the others are indented, so that none looks like another member's."""
-        text = message.text or "[image]"
-        if not (message.group and self.shared_memory):
+        text = message.text or ("[image]" if message.images else "")
+        if message.quote:
+            lines = [f"> {line}" for line in message.quote.splitlines()]
+            text = "\n".join([*lines, "", text]).rstrip()
+        if not (text and message.group and self.shared_memory):
             return text
         return f"{message.user}: {text}".replace("\n", "\n    ")
 
@@ -360,19 +441,31 @@ class Bot:
         self.workers.when_store_works(self.store.release, claim, delay)
 
     def _forget_unsure(self, job: Job) -> None:
-        """Count as sent what may have arrived, once Tencent may have forgotten it."""
+        """Count as sent what may have arrived, once Tencent may have forgotten it, but
+        for a part that Tencent's history surely lacks."""
         unsure, part = job.progress.get("unsure", {}), str(job.progress.get("at"))
         known = KNOWN_GROUP if job.message.group else KNOWN_C2C
         age = time.time() - unsure.get(part, time.time())
         if part in unsure and not 0 <= age <= known:  # the clock may be set back
-            logger.warning("%s counts as sent, unconfirmed", job.work.claim.id)
+            again = self._is_absent(job, int(part))
             del unsure[part]
-            job.reply.assume_sent()
+            what = "did not arrive" if again else "counts as sent, unconfirmed"
+            logger.warning("%s %s", job.work.claim.id, what)
+            if not again:
+                job.reply.assume_sent()
+
+    def _is_absent(self, job: Job, part: int) -> bool:
+        """Return whether Tencent's history surely lacks a part of an answer."""
+        if part < 0 or job.message.topic or not self.missed:
+            return False  # nobody knows
+        found = self.missed.is_absent(job.message, job.work.claim.seq, part + 1)
+        return bool(found)
 
     def _give_up(self, job: Job, reason: str) -> None:
         """Tell the user that no answer comes, and leave the message to the operator."""
         try:
-            job.reply.give_up(self.texts["undeliverable"])
+            if job.message.kind != "said":  # else nobody waits for it
+                job.reply.give_up(self.texts["undeliverable"])
         except tim.IMError as error:
             logger.warning("%s: the user is not told: %s", job.work.claim.id, error)
         self.workers.when_store_works(self.store.fail, job.work.claim, reason)
@@ -422,7 +515,7 @@ def create_app(config: Config | None = None) -> Flask:
     app.extensions["bot"] = bot = make_bot(config)
     config = bot.config
     set_up_logging(config.log_level)
-    for line in misspelt(os.environ):
+    for line in misspelt(os.environ, config.ai_secret_keys):
         logger.warning(line)
     add_routes(app, bot)
     leave_on_sigterm(bot)
@@ -450,6 +543,8 @@ def add_routes(app: Flask, bot: Bot) -> None:
         except tim.BadEvent as error:
             return refuse(400, str(error))
         except StoreError as error:
+            if bot.missed:
+                bot.missed.refused_at = time.time()
             return refuse(503, str(error))
         return OK, 200
 

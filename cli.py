@@ -16,19 +16,22 @@ from contextlib import closing
 from email.utils import parsedate_to_datetime
 from functools import wraps
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import click
 import requests
 
-from config import Config, ConfigError, Persona, misspelt
+from config import CATCHING_UP, Config, ConfigError, Persona, misspelt
 from providers import ProviderError
 from session import CancelScope
-from store import StoreError
-from tim import ROBOT, IMError
+from store import Store, StoreError
+from tim import ROBOT, IMError, Message, clean
 from usersig import gen_user_sig
 
 LISTED = 100  # failed messages
+WAIT = 5.0  # seconds in which `say` looks whether a message is sent
+GROUP = "@TGS#"  # how a group's id starts, unless the app chose it
 LONGEST_ROBOT = 32  # bytes of a chatbot's UserID
 ROBOT_API = "openim_robot_http_svc"
 CONSOLE = """
@@ -93,13 +96,7 @@ def delete_robot(config: Config, userid: str) -> None:
 @command
 def robots(config: Config) -> None:
     """List the app's chatbot accounts."""
-    click.echo("\n".join(list_robots(config)) or "There is no robot yet.")
-
-
-def list_robots(config: Config) -> list[str]:
-    """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
-    listed = config.im_client().call(f"{ROBOT_API}/get_all_robots", {})
-    return [str(userid) for userid in listed.get("Robot_Account") or []]
+    click.echo("\n".join(config.im_client().robots()) or "There is no robot yet.")
 
 
 @command
@@ -134,6 +131,38 @@ def retry(config: Config, numbers: tuple[int, ...]) -> None:
 
 
 @command
+@click.argument("robot")
+@click.argument("to", metavar="USER_OR_GROUP")
+@click.argument("text")
+@click.option("--group", is_flag=True, help=f"The id is a group's, without {GROUP}.")
+def say(config: Config, robot: str, to: str, text: str, group: bool) -> None:
+    """Let ROBOT write TEXT first; the server sends it, and the AI knows of it."""
+    if not robot.startswith(ROBOT) or not text.strip():
+        raise ValueError(f"give a robot, whose UserID starts with {ROBOT}, and a text")
+    id, now = f"{robot}\tsaid\t{os.urandom(16).hex()}", time.time()
+    user, group_id = ("", to) if group or to.startswith(GROUP) else (to, "")
+    message = Message(id, robot, user, "", group_id, kind="said", sent=int(now))
+    chat, data, remember = message.conversation(), message.data(), config.history_turns
+    with closing(config.open_store()) as store:
+        store.add(id, chat, data, reply=clean(text), sent=now, remember=remember > 0)
+        click.echo(outcome(store, id))
+
+
+def outcome(store: Store, id: str) -> str:
+    """Say what becomes of a message within WAIT seconds. Raises ValueError if it has
+    failed."""
+    end = time.monotonic() + WAIT
+    while (state := store.state(id)) == "open":
+        if time.monotonic() > end:
+            return "It waits, and is sent as soon as a server takes it."
+        time.sleep(0.1)
+    for _, failed, reason, _ in store.failed() if state == "failed" else ():
+        if failed == id:
+            raise ValueError(reason)
+    return "Sent."
+
+
+@command
 def doctor(config: Config) -> None:
     """Check everything that can be checked from here; change nothing."""
     healthy = True
@@ -143,7 +172,7 @@ def doctor(config: Config) -> None:
         except ERRORS as error:
             healthy, line = False, f"FAIL {name:9} {error}"
         click.echo(line)
-    click.echo("\n".join([*misspelt(os.environ), CONSOLE]))
+    click.echo("\n".join([*misspelt(os.environ, config.ai_secret_keys), CONSOLE]))
     sys.exit(not healthy)
 
 
@@ -156,7 +185,7 @@ def check_token(config: Config) -> str:
 
 def check_robots(config: Config) -> str:
     """Say whether Tencent takes the key, and which robots there are."""
-    there = list_robots(config)
+    there = config.im_client().robots()
     if missing := [robot for robot in config.robots if robot not in there]:
         raise ValueError(f"{missing[0]} of robots.toml is not there: create-robot it")
     if not there:
@@ -177,14 +206,21 @@ def check_clock(config: Config) -> str:
     return "agrees with Tencent's"
 
 
+def check_history(config: Config) -> str:
+    """Say whether messages whose callbacks failed can be found."""
+    if not config.catch_up or not CATCHING_UP:
+        return "not asked: what is written while no server runs is not answered"
+    return str(resolve_name(CATCHING_UP[0]).probe(config.im_client()))
+
+
 def check_ai(config: Config) -> str:
     """Say how fast each AI service answers."""
     seen = []
     for persona in {Persona(), *config.robots.values()}:
         began, provider = time.monotonic(), config.provider(persona)
         answer(config, persona, "", "Say OK.")
-        name = persona.provider or config.ai_provider
-        seen.append(f"{name} {provider.model} in {time.monotonic() - began:.1f} s")
+        name = f"{persona.provider or config.ai_provider} {provider.model}".strip()
+        seen.append(f"{name} in {time.monotonic() - began:.1f} s")
     return f"answers: {', '.join(seen)}"
 
 
@@ -204,6 +240,7 @@ CHECKS = {
     "callback": check_token,
     "Tencent": check_robots,
     "clock": check_clock,
+    "history": check_history,
     "AI": check_ai,
     "store": check_store,
 }

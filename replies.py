@@ -59,7 +59,7 @@ class PlainReply:
         self.replaced = replaced  # what to say below text that another text replaces
         self.last_sent = time.monotonic()
         self.parts = 0  # of the answer, when it is closed
-        self._mention = f"@{message.user} " if message.group else ""
+        self._mention = f"@{message.user} " if message.group and message.user else ""
 
     def open(self) -> None:
         """Show that an answer is coming."""

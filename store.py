@@ -126,18 +126,20 @@ class Store:
         rate: int = NO_LIMIT,
         reply: str | None = None,
         sent: float = 0.0,
+        remember: bool = False,
     ) -> Added:
         """Keep a message on disk, once however often it is delivered.
 
         It is refused if `room` messages of the conversation are open, or if `asker`,
         unless empty, added `rate` in the last MINUTE. With a `reply` there is nothing
-        to ask, and nothing of it is remembered. Its turn in the conversation is by
-        when it was `sent`, Unix seconds, then by when it was added.
+        to ask, and it is in the history only if `remember` says so. Its turn in the
+        conversation is by when it was `sent`, Unix seconds, then by when it was added.
         """
         texts = {"id": id, "conversation": conversation, "asker": asker}
         values: Data = {name: storable(text) for name, text in texts.items()}
         values |= {"data": json.dumps(data), "reply": _dump(reply)}
         values |= {"room": room, "rate": rate, "minute": MINUTE, "sent": sent}
+        values["remember"] = int(remember or reply is None)
         self._callbacks.append(None)
         try:
             return Added(self._write(add_step, values))
@@ -165,6 +167,11 @@ class Store:
             return claim
         self.fail(claim, "its work was cut short too often, or it cannot be read")
         return self.claim()
+
+    def state(self, id: str) -> str | None:
+        """Return `open`, `done`, `gone` or `failed`, None if the id is not known."""
+        rows = self._read("known", {"id": storable(id)})
+        return str(rows[0][0]) if rows else None
 
     def heartbeat(self, claims: Collection[Claim]) -> tuple[list[Claim], list[Claim]]:
         """Make claims last LEASE seconds from now; return those that were lost, and
@@ -514,13 +521,13 @@ SQL = {
     "insert": """INSERT INTO message
             (id, conversation, asker, data, reply, remember, sent, accepted)
         SELECT :id, :conversation, nullif(:asker, ''), :data, :reply,
-            CASE WHEN :reply IS NULL THEN 1 ELSE 0 END, :sent, {now}
+            :remember, :sent, {now}
         WHERE :open <= :room AND :rate > (SELECT count(*) FROM message
             WHERE asker = :asker AND accepted BETWEEN {now} - :minute AND {now})
         ON CONFLICT (id) DO NOTHING RETURNING 1""",
     # Count a message out that was not kept.
     "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",
-    "known": "SELECT 1 FROM message WHERE id = :id",
+    "known": "SELECT state FROM message WHERE id = :id",
     "drop": "DELETE FROM conversation WHERE name = :conversation AND open = 0",
     # Take the conversation that is due longest.
     "take": """UPDATE conversation
@@ -547,8 +554,15 @@ SQL = {
         RETURNING 1""",
     # End a claim: of a conversation's only open message, or of one of several.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
+    # If the next message was accepted before this one, it waits: clients sort the
+    # answers of one second by MsgSeq, which comes of seq.
     "free": f"""UPDATE conversation
-        SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0
+        SET open = open - 1, token = NULL, attempts = 0, cancelled = 0,
+            due = {{now}} + CASE WHEN 0 < (SELECT sent FROM message WHERE seq = :seq)
+                AND :seq > (SELECT seq FROM message
+                    WHERE conversation = :conversation AND state = 'open'
+                        AND seq <> :seq ORDER BY sent, seq LIMIT 1)
+                THEN 1 ELSE 0 END
         WHERE {_HELD} RETURNING 1""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,
             state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,

@@ -32,6 +32,7 @@ CONNECT_TIMEOUT = 5  # seconds
 CALL_TIMEOUT = 10  # seconds for one try of a call, from its start to its last byte
 PAUSES = (0.3, 1.5)  # seconds before the second and the third try of a call
 SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of that
+LONGEST_QUOTE = 500  # characters of the message that a question replies to
 PARTS = 1024  # values of MsgSeq set apart for the messages of one answer
 NO_CALLBACKS = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
 
@@ -114,8 +115,11 @@ class Message:
     group: str = ""  # empty in a one-to-one chat
     topic: str = ""
     images: tuple[str, ...] = ()  # URLs
-    kind: str = "question"  # or "stop" (a button), "unsupported" (a voice, a file)
-    sent: int = 0  # Unix seconds, by Tencent's clock
+    # or "stop" (a button), "unsupported" (a voice, a file), "said" (by the robot, of
+    # itself), "missed" (no message, but work of missed.py)
+    kind: str = "question"
+    sent: float = 0.0  # Unix seconds, by Tencent's clock; within a second by MsgSeq
+    quote: str = ""  # of the message that it replies to
 
     def data(self) -> Json:
         """Return the fields, for the store."""
@@ -157,9 +161,11 @@ def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Mess
         text = cut_mentions(text, [*robots, *names])
     unique = [_number(event, name) for name in ("MsgSeq", random_field, "MsgTime")]
     rest = "\t".join((user, group, topic, *unique))
-    if kind == "question" and not text and not images:
+    quote = _quote(event)
+    if kind == "question" and not (text or images or quote):
         return []
-    content = (text, group, topic, images, kind, int(unique[-1]))
+    sent = int(unique[2]) + int(unique[0]) % 2**22 / 2**22  # what a float can hold
+    content = (text, group, topic, images, kind, sent, quote)
     return [Message(f"{robot}\t{rest}", robot, user, *content) for robot in robots]
 
 
@@ -170,11 +176,20 @@ def cut_mentions(text: str, names: Iterable[str]) -> str:
     """
     cut = text
     for name in sorted(names, key=len, reverse=True):
-        mention = rf"[@＠]{re.escape(name)}(?![A-Za-z0-9_])\s?"
-        cut = re.sub(mention, "", cut, flags=re.IGNORECASE)
+        cut = _mention(name).sub("", cut)
     if cut == text:
         cut = re.sub(r"^\s*[@＠]\S+(?:\s+(?![\s@＠])|\s*\Z)", "", text)
     return cut.strip()
+
+
+def is_mentioned(name: str, text: str) -> bool:
+    """Return whether a text holds `@name`."""
+    return bool(name and _mention(name).search(text))
+
+
+def _mention(name: str) -> re.Pattern[str]:
+    after = r"(?![A-Za-z0-9_])\s?"
+    return re.compile(f"[@＠]{re.escape(name)}{after}", re.IGNORECASE)
 
 
 def _robots(accounts: Any, field: str) -> list[str]:
@@ -254,6 +269,15 @@ def _presses_stop(data: str) -> bool:
         return False
 
 
+def _quote(event: Json) -> str:
+    """Return the message that an event's replies to, as the client shortened it."""
+    try:
+        reply = json.loads(event["CloudCustomData"])["messageReply"]
+        return clean(reply["messageAbstract"])[:LONGEST_QUOTE].strip()
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return ""  # it replies to none, or the field is another program's
+
+
 def clean(text: str) -> str:
     """Return the text without what UTF-8 or an AI service cannot hold."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
@@ -289,10 +313,15 @@ class Client:
         if not message.group:
             return self.call("openim/sendmsg", body)
         body["Random"] = body.pop("MsgRandom")
-        if mention:
+        if mention and message.user:
             asker = {"GroupAtAllFlag": 0, "GroupAt_Account": message.user}
             body["GroupAtInfo"] = [asker]
         return self.call("group_open_http_svc/send_group_msg", body)
+
+    def robots(self) -> list[str]:
+        """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
+        listed = self.call("openim_robot_http_svc/get_all_robots", {})
+        return [str(userid) for userid in listed.get("Robot_Account") or []]
 
     def call(self, command: str, body: Json, waits: Sequence[float] = PAUSES) -> Json:
         """Make a REST call and return Tencent's answer.

@@ -67,6 +67,7 @@ class Workers:
         self.threads, self.retention = threads, retention  # a number, seconds
         self.backlog = 0  # messages that wait in the store, as last seen
         self.draining = False  # claim no more
+        self.beat: Callable[[], None] = do_nothing  # is called with each heartbeat
         self._wake_ups: SimpleQueue[None] = SimpleQueue()  # idle threads wait for it
         self._lock = threading.Lock()  # guards what follows, up to _ended
         self._started = self._idle = 0  # threads
@@ -231,11 +232,12 @@ class Workers:
             if not self._store_down:
                 logger.warning("this process was paused, or the clock was set")
             self._claim_from = time.monotonic() + REGAIN
-        self._beat = _clocks()
         for work in works:
             work.lost = work.lost or work.claim in lost
             if work.claim in lost or work.claim in cancelled:
                 work.cancel()
+        self.beat()  # before anything is claimed after a start, a pause, an outage
+        self._beat = _clocks()
 
     def close(self, drain: float) -> None:
         """Claim no more, finish what `drain` seconds allow, release the rest."""

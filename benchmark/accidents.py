@@ -29,7 +29,9 @@ AI_FAULTS = (
 )
 IM_FAULTS = ("lost", "late", 20004, 60007, 90994, 91000)
 WORD_FILTER = 80001  # Tencent's code for a text that it will never take
+DOWN = (0.0, 7.0)  # seconds until a bot that was stopped starts again
 PAUSE = LEASE + 3  # seconds; longer than claims last
+NOTICED = 3.0  # seconds of an outage, after which the bot looks up what it missed
 SILENCE = 150  # seconds; longer than Tencent knows a repetition
 
 
@@ -40,6 +42,7 @@ class Accidents:
         self.bot, self.database, self.chance = bot, database, random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.slowest_stop = 0.0
+        self.outages: list[tuple[float, float]] = []  # that the bot has to notice
         self._kinds: dict[str, Callable[[], None]] = {
             "kill -9 of all": self._kill_all,
             "kill -9 of a worker": self._kill_worker,
@@ -47,6 +50,7 @@ class Accidents:
             "SIGHUP": self._reload,
             "no store": self._interrupt_store,
             "pause": self._pause,
+            "unreachable": self._cut_off,
         }
         self._next: list[str] = []
 
@@ -59,18 +63,26 @@ class Accidents:
         return name
 
     def _kill_all(self) -> None:
+        began = time.time()
         self.bot.stop(signal.SIGKILL)
+        self._start(began)
+
+    def _start(self, began: float) -> None:
+        """Start the bot, at once or after a while."""
+        time.sleep(self.chance.choice(DOWN))
         self.bot.start()
+        if time.time() - began > NOTICED:
+            self.outages.append((began, time.time()))
 
     def _kill_worker(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self.chance.choice(workers(self.bot)), signal.SIGKILL)
 
     def _stop(self) -> None:
-        began = time.monotonic()
+        began = time.time()
         self.bot.stop()
-        self.slowest_stop = max(self.slowest_stop, time.monotonic() - began)
-        self.bot.start()
+        self.slowest_stop = max(self.slowest_stop, time.time() - began)
+        self._start(began)
 
     def _reload(self) -> None:
         assert self.bot.process
@@ -79,9 +91,17 @@ class Accidents:
     def _pause(self) -> None:
         """Stop all processes for longer than a lease, as when a machine is moved."""
         assert self.bot.process
+        began = time.time()
         os.killpg(self.bot.process.pid, signal.SIGSTOP)
         time.sleep(PAUSE)
         os.killpg(self.bot.process.pid, signal.SIGCONT)
+        self.outages.append((began, time.time()))
+
+    def _cut_off(self) -> None:
+        """Let Tencent not reach the bot for some seconds, which the bot cannot know."""
+        self.bot.simulator.unreachable = True
+        time.sleep(self.chance.uniform(1, 8))
+        self.bot.simulator.unreachable = False
 
     def _interrupt_store(self) -> None:
         self.database.interrupt(self.chance.uniform(1, 4))
@@ -106,9 +126,9 @@ def break_services(simulator: Simulator, seed: int) -> set[Any]:
         simulator.calls.clear()
         robot, chat = (
             body.get("From_Account"),
-            body.get("GroupId") or body["To_Account"],
+            body.get("GroupId") or body.get("To_Account"),
         )
-        number = question(json.dumps(body["MsgBody"]))
+        number = question(json.dumps(body.get("MsgBody")))
         if number > 0 and picked(REFUSED, chat, number):
             if robot:  # else a plain message will be tried, too
                 refused.add((robot, chat, number))

@@ -16,6 +16,7 @@ import random
 import sys
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 
 import requests
 
@@ -26,16 +27,19 @@ from .judge import judge_all
 from .stage import DATABASES, stage
 from .users import Users
 
-QUIET = 10.0  # seconds between two accidents; three in one answer make it fail
+QUIET = 20.0  # seconds between two accidents; three in one answer make it fail
+NOTICES = 4.0  # seconds in which the bot notices an outage when it is over
 SETTLE = 240.0  # seconds in which everything must be answered at the end
 MUST_BE_ZERO = (
     "lost",
     "twice",
     "misordered",
+    "mangled",
     "left open",
     "left in the store",
     "failed unduly",
 )
+CATCHES_UP = find_spec("missed") is not None  # an option
 SETTINGS = {
     "WEB_CONCURRENCY": 2,
     "WORKER_THREADS": 64,
@@ -59,14 +63,19 @@ def campaign(store: str, messages: int, seconds: float, seed: int) -> dict[str, 
                 users.closing.wait(min(QUIET, end - time.monotonic()))
                 print(f"{users.acknowledged():6} {accidents.cause()}", file=sys.stderr)
         left, failed = settle(bot)
-        found = judge_all(users.chats, simulator.delivered)
+        outages = accidents.outages if CATCHES_UP else None
+        found = judge_all(users.chats, simulator.delivered, outages)
         found["left in the store"] = left
         found["failed unduly"] = max(0, failed - len(refused))
     return {
         "sent": users.asked(),
         "acknowledged": users.acknowledged(),
+        "callbacks lost": users.lost(),
+        "caught up": found["caught up"],
+        "look-ups": sum(simulator.lookups.values()),
         "answered": found["answered"],
         **{name: found[name] for name in MUST_BE_ZERO},
+        "begun again": found["begun again"],
         "refused by IM": len(refused),
         **accidents.counts,
         "slowest answer, s": found["slowest"],
@@ -75,13 +84,19 @@ def campaign(store: str, messages: int, seconds: float, seed: int) -> dict[str, 
 
 
 def settle(bot: BotProcess) -> tuple[int, int]:
-    """Wait for the last answers; return how many messages have none, and failed."""
-    end, left, failed = time.monotonic() + SETTLE, -1, 0
-    while left and time.monotonic() < end:
+    """Wait for the last answers; return how many messages have none, and failed.
+
+    A bot that has nothing to do may yet notice that it missed something.
+    """
+    now = calm = time.monotonic()
+    end, left, failed = now + SETTLE, -1, 0
+    while now < end and (left or now < calm + NOTICES):
         time.sleep(0.2)
+        now = time.monotonic()
         with suppress(requests.RequestException, KeyError):
             state = requests.get(f"{bot.url}/healthz", timeout=5).json()
             left, failed = state["waiting"] + state["in_work"], state["failed"]
+            calm = now if left else calm
     return left, failed
 
 

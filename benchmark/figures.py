@@ -32,6 +32,7 @@ class TimedSimulator(Simulator):
 
     def __init__(self) -> None:
         super().__init__()
+        self.remembers = False
         self.users = {person(number) for number in range(PEOPLE)}
         self.robots = dict.fromkeys(MODES, "")
         self.im_seconds: list[float] = []

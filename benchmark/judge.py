@@ -1,83 +1,143 @@
-"""The judge: what is wrong with the answers of all conversations."""
+"""The judge: what is wrong with the answers of all conversations, as users see them."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from dataclasses import dataclass
 from itertools import zip_longest
 
 from commands import TEXTS
 from simulator import Delivered
 
 from .load import question
-from .users import Chat
+from .users import Chat, Outages
 
 REPLACED = TEXTS["en"]["replaced"]
-OWN_WORDS = {*TEXTS["en"].values()} - {REPLACED}
+OWN_WORDS = "|".join(re.escape(text) for text in {*TEXTS["en"].values()} - {REPLACED})
+# Why an answer ends where it does, or why there is none.
+NOTE = re.compile(rf"\n*(\(The answer was cut: )?({OWN_WORDS})\)?\Z")
+ENDS = [f"] (question {turn} of our chat)" for turn in (1, 2, 3)]  # of what the AI says
 
 
-def judge_all(chats: list[Chat], delivered: list[Delivered]) -> Counter[str]:
-    """Count what is wrong with the answers of all conversations."""
+@dataclass
+class Answer:
+    """An answer: what its messages show, joined."""
+
+    text: str
+    time: float  # of the last change
+    is_stream: bool
+
+    def ended(self) -> bool:
+        """Return whether it is whole, or says that it is not."""
+        return bool(NOTE.search(self.text)) or self.text.endswith((*ENDS, REPLACED))
+
+    def number(self) -> int | None:
+        """Return the question that it names, 0 if it only says that the AI failed."""
+        named = question(self.text)
+        return named if named >= 0 else 0 if NOTE.search(self.text) else None
+
+    def is_replaced(self, after: Answer | None) -> bool:
+        """Return whether a dead process began it, and `after` is it from the start.
+
+        It says so, unless Tencent had closed its stream before that could be said.
+        """
+        if self.text.endswith(REPLACED):
+            return True
+        if not self.is_stream or self.ended() or not after:
+            return False
+        begun, whole = self.text, NOTE.sub("", after.text)
+        return begun.startswith(whole) or whole.startswith(begun)
+
+
+def judge_all(
+    chats: list[Chat], delivered: list[Delivered], outages: Outages | None = None
+) -> Counter[str]:
+    """Count what is wrong with the answers of all conversations.
+
+    Questions whose callback was lost in one of the `outages` have to be answered, too.
+    """
     shown: dict[tuple[str, str], list[Delivered]] = {}
     for message in delivered:
         shown.setdefault((message.chat, message.robot), []).append(message)
     found: Counter[str] = Counter()
     for chat in chats:
-        answers = shown.get((chat.group or chat.user, chat.robot), [])
-        found.update(judge(chat, answers))
+        messages = shown.get((chat.group or chat.user, chat.robot), [])
+        begun = answers_of(chat, messages)
+        pairs = zip_longest(begun, begun[1:])
+        answers = [one for one, after in pairs if not one.is_replaced(after)]
+        found.update(judge(chat, answers, chat.owed(outages)))
+        found["begun again"] += len(begun) - len(answers)
+        found["left open"] += sum(not message.closed for message in messages)
+        found["misordered"] += not chat.group and not in_order(messages)
         found["slowest"] = max(found["slowest"], slowest(chat, answers))
     return found
 
 
-def judge(chat: Chat, shown: list[Delivered]) -> Counter[str]:
-    """Count what is wrong with the answers of one conversation.
+def answers_of(chat: Chat, shown: list[Delivered]) -> list[Answer]:
+    """Return the answers of a conversation, also those that a dead process began.
+
+    A message that goes on where the one before it ended belongs to the same answer;
+    one that shows again what was shown does not.
+    """
+    found: list[Answer] = []
+    for message in filter(lambda message: message.text, shown):
+        joined = (found[-1].text if found else "") + message.text
+        if found and not found[-1].ended() and fits(chat, joined):
+            found[-1].text, found[-1].time = joined, message.time
+        else:
+            found.append(Answer(message.text, message.time, message.is_stream()))
+    return found
+
+
+def fits(chat: Chat, text: str) -> bool:
+    """Return whether a text is what the AI says, or begins so, with or without a note
+    that says why it ends there."""
+    who = f"{chat.user}: " if chat.group else ""
+    start = f"@{chat.user} " if chat.group else ""
+    start += f"You said: {who}question ["
+    said = NOTE.sub("", text)
+    if not said.startswith(start):
+        return start.startswith(said)
+    rest = said.removeprefix(start)
+    end = rest.lstrip("0123456789")
+    return not end or end != rest and any(whole.startswith(end) for whole in ENDS)
+
+
+def judge(chat: Chat, answers: list[Answer], owed: set[int]) -> Counter[str]:
+    """Count what is wrong with the answers of one conversation, which are owed.
 
     A text that names no question but says that the AI failed counts as the answer to
-    one of the questions between those its neighbours name.
+    one of the questions between those its neighbours name. Mangled are answers that
+    are not whole and do not say so, and those of which a piece is shown again.
     """
-    whole = [m for m, after in zip_longest(shown, shown[1:]) if not begins(m, after)]
-    numbers = [number for m in whole if (number := number_of(m)) is not None]
+    numbers = [number for one in answers if (number := one.number()) is not None]
     named, previous, silent = {*numbers} - {0}, 0, 0
-    found = Counter({"left open": sum(not message.closed for message in shown)})
+    sound = [one.ended() and fits(chat, one.text) for one in answers]
+    found = Counter({"mangled": sound.count(False)})
     found["twice"] = len(numbers) - numbers.count(0) - len(named)
     found["answered"] = len(named)
+    found["caught up"] = len(named & chat.lost.keys())
     for number in [*numbers, chat.asked + 1]:
         if not number:
             silent += 1
             continue
         gap = set(range(previous + 1, number)) - named
         found["misordered"] += number < previous
-        found["lost"] += max(0, len(gap & chat.acknowledged.keys()) - silent)
+        found["lost"] += max(0, len(gap & owed) - silent)
         found["twice"] += max(0, silent - len(gap))
         found["answered"] += min(silent, len(gap))
         previous, silent = number, 0
-    order = [message.number for message in shown if not chat.group]
-    found["misordered"] += order != sorted(order)
     return found
 
 
-def begins(message: Delivered, after: Delivered | None) -> bool:
-    """Return whether a text is the beginning of the next.
-
-    So it is if Tencent closed the stream of a process that died before it could be
-    said that the answer follows once more.
-    """
-    begun, whole = message.text, after.text if after else ""
-    return begun not in ("", whole) and whole.startswith(begun)
+def in_order(shown: list[Delivered]) -> bool:
+    """Return whether clients, which sort a second by MsgSeq, show it as it was sent."""
+    order = [(int(message.born), message.number) for message in shown]
+    return order == sorted(order)
 
 
-def number_of(message: Delivered) -> int | None:
-    """Return the question that an answer names, 0 if it says that the AI failed.
-
-    None for what a dead process has begun, if another answer took its place.
-    """
-    if message.text.endswith(REPLACED):
-        return None
-    if (number := question(message.text)) >= 0:
-        return number
-    return 0 if any(text in message.text for text in OWN_WORDS) else None
-
-
-def slowest(chat: Chat, shown: list[Delivered]) -> int:
+def slowest(chat: Chat, answers: list[Answer]) -> int:
     """Return the seconds the slowest answer took after its acknowledgement."""
-    times = [(m.time, chat.acknowledged.get(number_of(m) or 0)) for m in shown]
+    times = [(one.time, chat.acknowledged.get(one.number() or 0)) for one in answers]
     return int(max((end - began for end, began in times if began), default=0))

@@ -5,37 +5,61 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import requests
 
-from simulator import Simulator
+from simulator import Json, Simulator, c2c_event, group_event
 
 from .stage import MODES
 
-USERS, GROUPS, SENDERS = 60, 20, 16
+USERS, GROUPS, SENDERS = 60, 10, 16
 BACKLOG = 600  # messages not answered yet, at which users hold back
 REDELIVERED = 0.1  # share of the callbacks
+
+Outages = Sequence[tuple[float, float]]  # when they began and ended, Unix seconds
 
 
 @dataclass(eq=False)
 class Chat:
-    """One conversation: what was asked in it, and when that was acknowledged."""
+    """One conversation: what was asked in it, and when that was acknowledged or lost.
+
+    A question is lost if its callback brought no 200.
+    """
 
     user: str
     robot: str
     group: str = ""
     asked: int = 0
     acknowledged: dict[int, float] = field(default_factory=dict)
+    lost: dict[int, float] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)  # of those: the bot said so
     again: list[Any] = field(default_factory=list)  # callbacks to deliver once more
+
+    def owed(self, outages: Outages | None) -> set[int]:
+        """Return the questions that have to be answered.
+
+        They are those that were acknowledged, and those that the bot has to look up:
+        it refused the callback, or was not there for so long that it looks. With None
+        instead of outages it looks nothing up.
+        """
+        if outages is None:
+            return {*self.acknowledged}
+        missed = {
+            number
+            for number, at in self.lost.items()
+            if any(began <= at <= ended for began, ended in outages)
+        }
+        return {*self.acknowledged, *self.refused, *missed}
 
 
 class Users:
     """The load: every chat asks one question after the other and counts them.
 
-    A question whose callback brought no 200 is not asked again: it may be answered
-    once or never. Only callbacks that were acknowledged are delivered once more.
+    No lost question is asked again, and only callbacks that were acknowledged are
+    delivered once more: the bot has to look up the rest.
     """
 
     def __init__(self, simulator: Simulator) -> None:
@@ -72,28 +96,43 @@ class Users:
         """Return how many of them were acknowledged."""
         return sum(len(chat.acknowledged) for chat in self.chats)
 
+    def lost(self) -> int:
+        """Return how many of them were lost."""
+        return sum(len(chat.lost) for chat in self.chats)
+
     def _ask_on(self, number: int) -> None:
         mine, chance = self.chats[number::SENDERS], random.Random(number)
         while not self.closing.is_set():
             late = self.acknowledged() - len(self.simulator.delivered) > BACKLOG
             try:
-                if not late:
-                    self._ask(chance.choice(mine), chance)
+                late = late or not self._ask(chance.choice(mine), chance)
             except requests.RequestException:
                 late = True
             if late:
                 self.closing.wait(0.1)
 
-    def _ask(self, chat: Chat, chance: random.Random) -> None:
-        chat.asked += 1
-        number, text = chat.asked, f"question [{chat.asked}]"
-        if chat.group:
-            say, place = self.simulator.say_in_group, (chat.user, chat.group)
-            event = say(*place, text, [chat.robot])
-        else:
-            event = self.simulator.say(chat.user, chat.robot, text)
+    def _ask(self, chat: Chat, chance: random.Random) -> bool:
+        """Ask the next question; return whether Tencent could tell the bot."""
+        number = chat.asked + 1
+        event = self._event(chat, f"question [{number}]")
+        chat.lost[number] = time.time()
+        chat.asked = number
+        try:
+            if not self.simulator.deliver(event):
+                return False
+        except requests.HTTPError:
+            chat.refused.add(number)
+            raise
         chat.acknowledged[number] = time.time()
+        del chat.lost[number]
         if chance.random() < REDELIVERED:
             chat.again.append(event)
         if chat.again and chance.random() < REDELIVERED:
             self.simulator.callback(chat.again.pop())
+        return True
+
+    def _event(self, chat: Chat, text: str) -> Json:
+        if not chat.group:
+            return c2c_event(chat.user, chat.robot, text)
+        seq = self.simulator.next_seq(chat.group)
+        return group_event(chat.user, chat.group, seq, text, [chat.robot])

@@ -5,6 +5,7 @@ https://www.tencentcloud.com/document/product/1047/70369 is what a callback look
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Json = dict[str, Any]
+SEQS = itertools.count(random.getrandbits(31))  # a client sorts one second by MsgSeq
 
 
 def text_body(text: str) -> list[Json]:
@@ -21,8 +23,7 @@ def text_body(text: str) -> list[Json]:
 
 def c2c_event(user: str, robot: str, text: str) -> Json:
     """Return the callback's JSON of a message to a robot."""
-    seq, chance = random.getrandbits(31), random.getrandbits(32)
-    now = int(time.time())
+    seq, chance, now = next(SEQS), random.getrandbits(32), int(time.time())
     return {
         "CallbackCommand": "Bot.OnC2CMessage",
         "From_Account": user,
@@ -80,6 +81,10 @@ class Delivered:
     index: int = 0  # of a stream's last chunk
     born: float = field(default_factory=time.time)
     time: float = field(default_factory=time.time)  # of the last change
+
+    def is_stream(self) -> bool:
+        """Return whether it is a streaming message."""
+        return bool(self.body["MsgBody"][0]["MsgType"] == "TIMStreamElem")
 
     def show(self, text: str, closed: bool, failed: bool = False) -> None:
         """Change what the user sees."""

@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 from . import page
 from .ai import DONE, sse, whole
 from .messages import Json
+from .platforms import Service
 
 if TYPE_CHECKING:
     from .standin import Simulator
@@ -73,6 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, page.act(simulator, json.loads(body)))
         elif url.path == "/v1/chat/completions":
             self._ai(simulator, body)
+        elif service := simulator.services.get(url.path):
+            self._platform(simulator, service, body)
         elif url.path.startswith("/v4/"):
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             answer = simulator.rest(url.path, query, body)
@@ -95,16 +99,30 @@ class _Handler(BaseHTTPRequestHandler):
             if status != 200:
                 self._answer(status, answer)
             elif asked.get("stream"):
-                self._stream(simulator, answer["text"])
+                self._stream(simulator, simulator.stream(answer["text"]))
             else:
                 self._answer_whole(simulator, answer["text"])
         finally:
             simulator.record("AI", began, self.path, asked, status, answer)
 
-    def _stream(self, simulator: Simulator, text: str) -> None:
+    def _platform(self, simulator: Simulator, service: Service, body: bytes) -> None:
+        began, asked = time.time(), json.loads(body)
+        status, answer = service(self.headers, asked)
+        try:
+            if isinstance(answer, dict):
+                self._answer(status, answer)
+            else:
+                self._stream(simulator, answer)
+        finally:
+            shown = answer if isinstance(answer, dict) else {}
+            if "bot_app_key" in asked:
+                asked["bot_app_key"] = "•••"
+            simulator.record("AI", began, self.path, asked, status, shown)
+
+    def _stream(self, simulator: Simulator, pieces: Iterator[bytes]) -> None:
         self._start(200, "text/event-stream", {"Transfer-Encoding": "chunked"})
         try:
-            for piece in simulator.stream(text):
+            for piece in pieces:
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
                 if simulator.ai_pace:
                     self.wfile.flush()

@@ -1,4 +1,4 @@
-"""The stand-in as a whole: Tencent IM, an AI service, and what users do."""
+"""The stand-in as a whole: Tencent IM, AI services, and what users do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import requests
 
 from usersig import sign_callback
 
-from .ai import AIService
 from .messages import Delivered, Json, c2c_event, group_event
+from .platforms import AgentPlatforms
 from .server import Server
 from .tencent import KEY, Tencent
 
@@ -26,19 +26,21 @@ if TYPE_CHECKING:
 KEPT = 500  # callbacks and calls that are remembered
 
 
-class Simulator(Tencent, AIService):
+class Simulator(Tencent, AgentPlatforms):
     """Tencent IM and an AI service on a port of 127.0.0.1; a `with` serves it.
 
-    Callbacks go to the bot at `bot_url`. With none, users' messages are only returned.
+    Callbacks go to the bot at `bot_url`. With none, or while the bot is `unreachable`,
+    users' messages are only kept in Tencent's history and returned.
     """
 
     def __init__(
         self, sdkappid: int = 1400000000, key: str = KEY, port: int = 0
     ) -> None:
         Tencent.__init__(self, sdkappid, key)
-        AIService.__init__(self)
+        AgentPlatforms.__init__(self)
         self.token = "stand-in-token"
         self.bot_url = ""
+        self.unreachable = False  # Tencent cannot reach the bot: callbacks are lost
         self.bot: BotProcess | None = None  # if it is ours
         self.ai_name = ""  # of the AI service, if it is not ours
         self.trouble = {"ai": "", "im": ""}  # what the page's user asked for
@@ -65,14 +67,17 @@ class Simulator(Tencent, AIService):
 
     def say(self, user: str, robot: str, text: str, **fields: Any) -> Json:
         """Write to a robot; return the callback's JSON."""
-        return self._deliver(c2c_event(user, robot, text) | fields)
+        event = c2c_event(user, robot, text) | fields
+        self.deliver(event)
+        return event
 
     def say_in_group(
         self, user: str, group: str, text: str, robots: list[str], **fields: Any
     ) -> Json:
         """Write to a group, mentioning robots; return the callback's JSON."""
-        event = group_event(user, group, self.next_seq(), text, robots)
-        return self._deliver(event | fields)
+        event = group_event(user, group, self.next_seq(group), text, robots) | fields
+        self.deliver(event)
+        return event
 
     def press_stop(self, message: Delivered, user: str) -> Json:
         """Press TUIKit's stop button; where it has none, write what stops an answer."""
@@ -85,13 +90,20 @@ class Simulator(Tencent, AIService):
         body = [{"MsgType": "TIMCustomElem", "MsgContent": content}]
         return self.say(user, message.robot, "", MsgBody=body)
 
-    def _deliver(self, event: Json) -> Json:
+    def deliver(self, event: Json) -> bool:
+        """Remember what a user wrote and tell the bot; return whether it was told.
+
+        If that fails, requests' exception is raised; Tencent does not try it again.
+        """
         with self.changed:
             self.said.append(event)
+            self.remember_event(event)
             self.changed.notify_all()
-        if self.bot_url and event.get("AtRobots_Account", True):
-            self.callback(event).raise_for_status()
-        return event
+        for_robots = event.get("AtRobots_Account", True)
+        if not self.bot_url or self.unreachable or not for_robots:
+            return False
+        self.callback(event).raise_for_status()
+        return True
 
     def callback(
         self,

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlencode
 
+from .history import LOOKUPS, History
 from .messages import Delivered, Json
 from .signature import Refused, check_user_sig
 
@@ -69,10 +70,11 @@ FIELDS: dict[str, tuple[Json, Json]] = {
     ),
     "openim_robot_http_svc/delete_robot": ({"Robot_Account": str}, {}),
     "openim_robot_http_svc/get_all_robots": ({}, {}),
+    **LOOKUPS,
 }
 
 
-class Tencent:
+class Tencent(History):
     """Tencent IM for one app, with its users, groups and robots.
 
     Set `fault` to a function (command, body) that returns an error code, "lost" (no
@@ -80,6 +82,7 @@ class Tencent:
     """
 
     def __init__(self, sdkappid: int, key: str) -> None:
+        History.__init__(self)
         self.sdkappid, self.key, self.admin = sdkappid, key, "administrator"
         self.users = {"jared", "lin"}
         self.robots = {"@RBT#001": "Robot", "@RBT#002": "Helper"}
@@ -91,18 +94,11 @@ class Tencent:
         self.skew = 0.0  # seconds by which Tencent's clock is ahead of ours
         self.changed = threading.Condition(threading.RLock())
         self._sent: dict[Any, tuple[float, Json]] = {}
-        self._seq = 0
 
     def record(
         self, kind: str, began: float, url: str, body: Any, status: int, answer: Any
     ) -> None:
         """Keep a call for who wants to see it: nobody does here."""
-
-    def next_seq(self) -> int:
-        """Return the MsgSeq of the next message in a group."""
-        with self.changed:
-            self._seq += 1
-            return self._seq
 
     def rest(self, path: str, query: dict[str, str], body: bytes) -> Json | None:
         """Do a REST call and return the answer, or None to give none."""
@@ -167,6 +163,7 @@ class Tencent:
                 raise Refused(10004, f"{name} has the wrong type")
         with self.changed:
             self.calls.append((command, fields))
+            self.note_lookup(command, fields)
         return dict(fields)
 
     def _effect(self, command: str, body: Json) -> Json:
@@ -186,6 +183,8 @@ class Tencent:
                     if self.robots.pop(body["Robot_Account"], None) is None:
                         raise Refused(10004, "no such robot")
                     answer = {}
+                case "get_list" | "admin_getroammsg" | "group_msg_get_simple":
+                    answer = self.look_up(command, body)
                 case _:
                     answer = {"Robot_Account": list(self.robots)}
             self.changed.notify_all()
@@ -207,7 +206,7 @@ class Tencent:
         self._check_message(body, 80002)
         if body["GroupId"] not in self.groups:
             raise Refused(10015, "no such group")
-        seq = self.next_seq()
+        seq = self.next_seq(body["GroupId"])
         key = (body["GroupId"], body["Random"])
         answer = {"MsgTime": int(time.time()), "MsgSeq": seq}
         return self._once(key, GROUP_WINDOW, answer, body["GroupId"], seq, body)
@@ -245,6 +244,7 @@ class Tencent:
         message = Delivered(robot, chat, number, body, name)
         message.draw(body["MsgBody"])
         self.delivered.append(message)
+        self.remember_sent(message)
         return answer
 
     def _modify(self, body: Json) -> Json:
@@ -272,7 +272,7 @@ class Tencent:
             self._check_sender(body)
             answer = {"StreamMsgID": f"stream-{len(self.delivered)}"}
             key = (chat, "stream", body["MsgRandom"])
-            number = body.get("MsgSeq", self._seq)
+            number = body["MsgSeq"] if "MsgSeq" in body else self.next_seq(chat)
             answer = self._once(key, C2C_WINDOW, answer, chat, number, body)
         message = self._find(chat, content.get("StreamMsgID") or answer["StreamMsgID"])
         if chunk["Index"] == message.index:  # sent again

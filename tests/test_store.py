@@ -502,6 +502,23 @@ def test_progress_is_kept_without_and_beside_a_reply(kept):
     assert texts(kept) == [], "progress must not make the store remember"
 
 
+def test_a_turn_that_begins_with_its_reply_is_remembered_on_request(kept):
+    kept.add("1", "jared", {"n": 1}, reply="unasked", remember=True)
+    kept.add("2", "jared", {"n": 2}, reply="a notice")
+    kept.add("3", "jared", {"n": 3})
+    assert [kept.state(id) for id in ("1", "0")] == ["open", None]
+    for reply in (None, None, "three"):
+        claim = kept.claim()
+        if reply:
+            kept.save_reply(claim, reply, {})
+        kept.finish(claim)
+    assert kept.history("jared", 9) == [({"n": 1}, "unasked"), ({"n": 3}, "three")]
+    assert [kept.state(id) for id in ("1", "2", "3")] == ["done", "gone", "done"]
+    kept.add("4", "jared", {}, reply="unsent", remember=True)
+    kept.fail(kept.claim(), "why")
+    assert kept.state("4") == "failed" and len(kept.history("jared", 9)) == 2
+
+
 def test_history_gives_the_last_turns_oldest_first(kept, monkeypatch):
     monkeypatch.setattr(store, "HISTORY_LIMIT", 6)
     for number in range(8):
@@ -534,7 +551,15 @@ def test_nothing_is_left_of_a_text_that_is_not_to_be_remembered(kept, url):
 def test_messages_of_a_conversation_have_their_turn_by_when_they_were_sent(kept):
     for number, sent in (("3", 30.0), ("1", 10.0), ("4", 30.0), ("2", 20.0)):
         kept.add(number, "jared", {"text": number}, sent=sent)
-    assert [answer(kept).id for _ in range(4)] == ["1", "2", "3", "4"]
+    assert [answer(kept).id for _ in range(2)] == ["1", "2"]
+    # "3" was accepted before "2": clients would show it first, if one second had both.
+    ended = time.monotonic()
+    assert kept.claim() is None
+    kept.release(poll(kept.claim), 0)
+    assert time.monotonic() - ended > 0.95
+    kept.add("first", "jared", {})  # of no time: nothing waits for it
+    kept.finish(kept.claim())
+    assert [answer(kept).id for _ in range(2)] == ["3", "4"]
     turns = kept.history("jared", 3)
     assert [data["text"] for data, _ in turns] == ["2", "3", "4"]
 

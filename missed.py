@@ -1,0 +1,294 @@
+"""Answers what was written while no server took callbacks: Tencent repeats none.
+
+The store holds when each server was last well. A process that finds that callbacks may
+have failed, or that had to refuse one, opens a window: a job in the store. The job asks
+Tencent for the conversations with news, and puts a task into the queue of each, before
+all that waits there. Whoever claims the task looks the conversation up and adds what
+the store does not know. A message has the id that its callback would have given it, so
+nothing is answered twice.
+
+An option: without it, delete this file and its line in CATCHING_UP.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import tim
+from config import Config
+from store import Added, Store
+from tim import IMError, Json, Message
+from workers import InFlight, LeaseLost, Workers
+
+GAP = 5.0  # seconds without a beat, after which a server was not well
+START_GAP = 2.0  # the same, for a server that starts in the place of another
+AWAY = 600.0  # seconds after which a silent server is not expected back
+MARGIN = 10  # seconds by which clocks may differ
+RATE = 10  # calls a second of one process, and tasks a second, at the most
+PAGES = 100  # of one list, at the most
+PATIENCE = 120.0  # seconds in which a look-up that gets no answer is tried again
+RECALLED = 8  # in MsgFlagBits
+UNREADABLE = (KeyError, TypeError, ValueError, AttributeError)  # not as documented
+
+logger = logging.getLogger(__name__)
+
+
+class History:
+    """What Tencent has stored. Methods raise IMError, or one of UNREADABLE."""
+
+    def __init__(self, im: tim.Client) -> None:
+        self.im = im
+        self._lock = threading.Lock()
+        self._next_call = 0.0  # time.monotonic()
+
+    def delay(self) -> float:
+        """Return the seconds until a call could be made."""
+        return max(0.0, self._next_call - time.monotonic())
+
+    def _call(self, command: str, body: Json) -> Json:
+        with self._lock:
+            delay = self.delay()
+            self._next_call = time.monotonic() + delay + 1 / RATE
+        time.sleep(delay)
+        return self.im.call(command, body, waits=())
+
+    def conversations(self, robot: str, since: float) -> Iterator[tuple[str, str]]:
+        """Yield the user and the group of each conversation of a robot with news.
+
+        https://www.tencentcloud.com/document/product/1047/43087
+        """
+        names = ("TimeStamp", "StartIndex", "TopTimeStamp", "TopStartIndex")
+        page = dict.fromkeys(names, 0)
+        for _ in range(PAGES):
+            body = {"From_Account": robot, **page, "AssistFlags": 7}
+            answer = self._call("recentcontact/get_list", body)
+            for item in answer.get("SessionItem") or []:
+                if item["MsgTime"] >= since:
+                    yield item.get("To_Account", ""), item.get("GroupId", "")
+            if answer["CompleteFlag"]:
+                return
+            page = {name: answer[name] for name in names}
+
+    def messages(self, chat: Message, since: int) -> list[Json]:
+        """Return the messages of a message's conversation, the oldest first."""
+        if chat.group:
+            items = [*self._in_group(chat.group, since)]
+        else:
+            try:  # from the user's side: the robot's lacks SyncOtherMachine 2
+                items = [*self._one_to_one(chat.user, chat.robot, since)]
+            except IMError as error:
+                if error.retry:
+                    raise
+                items = [*self._one_to_one(chat.robot, chat.user, since)]
+        return sorted(items, key=lambda item: (item["MsgTimeStamp"], item["MsgSeq"]))
+
+    def _one_to_one(self, account: str, peer: str, since: int) -> Iterator[Json]:
+        """https://www.tencentcloud.com/document/product/1047/35478"""
+        body: Json = {"Operator_Account": account, "Peer_Account": peer, "MaxCnt": 100}
+        body |= {"MinTime": since, "MaxTime": int(time.time()) + MARGIN}
+        for _ in range(PAGES):
+            answer = self._call("openim/admin_getroammsg", body)
+            yield from answer.get("MsgList") or []
+            if answer["Complete"]:
+                return
+            body["MaxTime"] = answer["LastMsgTime"]
+            body["LastMsgKey"] = answer["LastMsgKey"]
+
+    def _in_group(self, group: str, since: int) -> Iterator[Json]:
+        """https://www.tencentcloud.com/document/product/1047/34971"""
+        body: Json = {"GroupId": group, "ReqMsgNumber": 20}
+        for _ in range(PAGES):
+            answer = self._call("group_open_http_svc/group_msg_get_simple", body)
+            page = answer.get("RspMsgList") or []
+            there = [item for item in page if not item["IsPlaceMsg"]]
+            yield from (item for item in there if item["MsgTimeStamp"] >= since)
+            first = min((item["MsgSeq"] for item in page), default=1)
+            if first <= 1 or any(item["MsgTimeStamp"] < since for item in there):
+                return
+            body["ReqMsgSeq"] = first - 1
+
+
+class Missed:
+    """Notices that messages were missed, looks them up, gives them to `accept`."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        im: tim.Client,
+        workers: Workers,
+        accept: Callable[[Message], None],
+    ) -> None:
+        self.config, self.store, self.workers = config, store, workers
+        self.history, self._accept = History(im), accept
+        self.refused_at = 0.0  # when this process last refused a callback
+        self.window: Json | None = None  # that is open: its id, since when, opened at
+        self._well_at = time.time()  # when this process was last well
+        self._lock = threading.Lock()  # held during a beat
+        self._warned: set[str] = set()  # of which a refusal was logged
+        workers.beat = self.beat
+
+    def beat(self) -> None:
+        """Note that this server is well; open a window if it was not."""
+        with self._lock:
+            if not self.workers.draining:
+                self._beat(f"{socket.gethostname()} {os.getppid()}", time.time())
+
+    def _beat(self, server: str, now: float) -> None:
+        well, window = self.store.get("well") or {}, self.store.get("missed") or {}
+        is_open = window and self.store.state(window["id"]) in (None, "open")
+        self.window = window if is_open else {}
+        gap = GAP if server in well else START_GAP
+        was_well = now - well.get(server, 0.0) <= gap
+        silent = [] if was_well else [at for at in well.values() if now - at > gap]
+        if self.refused_at > max(self._well_at, window.get("at", 0.0)):
+            if is_open or self.workers.backlog > self.config.max_backlog / 2:
+                return  # later, when it is calm
+            silent.append(self._well_at)
+        if silent:
+            self._open(silent, now)
+        well = {s: at for s, at in well.items() if now - at < AWAY and at not in silent}
+        self.store.put("well", well | {server: now})
+        self._well_at = now
+
+    def _open(self, silent: list[float], now: float) -> None:
+        """Open a window that begins at the first of these times."""
+        since = int(max(min(silent), now - self.config.catch_up))
+        if self.window:
+            since = min(since, self.window["since"])
+        id = f"missed\t{max(silent)}"
+        self.window = {"id": id, "since": since, "at": now}
+        self.store.put("missed", self.window)
+        job = Message(id, "", "", "", kind="missed", sent=since)
+        if self.store.add(job.id, "missed", job.data(), sent=now) == Added.NEW:
+            logger.info("callbacks may have failed in the last %.0f s", now - since)
+
+    def guard(self, message: Message, conversation: str) -> bool:
+        """Return whether a conversation has to be looked up before it goes on."""
+        refused = self.refused_at > self._well_at
+        if self.window is None or refused and not self.window:
+            self.beat()
+        if not self.window or message.topic:
+            return False
+        return self._add_task(self.window, message, conversation)
+
+    def _add_task(self, window: Json, chat: Message, conversation: str) -> bool:
+        """Have a conversation looked up once in a window; return whether it is to be,
+        perhaps since another process just said so."""
+        id, since = f"{window['id']}\t{conversation}", window["since"]
+        state = self.store.state(id)
+        if state is None:
+            task = replace(chat, id=id, text="", images=(), kind="missed", sent=since)
+            self.store.add(id, conversation, task.data())
+        return state in (None, "open")
+
+    def run(self, work: InFlight, message: Message) -> None:
+        """Do a job or a task."""
+        claim, delay = work.claim, self.history.delay()
+        try:
+            if message.robot and delay > 1:  # enough threads wait for their turn
+                return self.store.release(claim, delay)
+            with self._or_warning(message.id):
+                if message.robot:
+                    self._look_up(message)
+                elif self._is_last(message.id):
+                    self._list(work, message)
+        except IMError as error:
+            if time.time() - claim.accepted < PATIENCE:
+                return self.store.release(claim, 2.0)
+            logger.warning("%s is given up: %s", claim.id, error)
+        self.workers.when_store_works(self.store.finish, claim)
+
+    @contextmanager
+    def _or_warning(self, id: str) -> Iterator[None]:
+        """Log what Tencent refuses, once in a window; raise what it may take later."""
+        try:
+            yield
+        except (IMError, *UNREADABLE) as error:
+            if isinstance(error, IMError) and error.retry:
+                raise
+            window = id.split("\t")[1]
+            if window not in self._warned:
+                self._warned.add(window)
+                why = error if isinstance(error, IMError) else type(error).__name__
+                logger.warning("what was missed cannot be looked up: %s", why)
+
+    def _is_last(self, id: str) -> bool:
+        """Return whether no window was opened later, which would begin no later."""
+        return (self.store.get("missed") or {}).get("id") == id
+
+    def _list(self, work: InFlight, job: Message) -> None:
+        """Add a task for each conversation with news since the window began."""
+        for robot in self.history.im.robots():
+            with self._or_warning(job.id):
+                self._list_one(work, job, robot)
+
+    def _list_one(self, work: InFlight, job: Message, robot: str) -> None:
+        window = {"id": job.id, "since": job.sent}
+        for user, group in self.history.conversations(robot, job.sent - MARGIN):
+            if work.lost or self.workers.draining or not self._is_last(job.id):
+                raise LeaseLost
+            chat = Message("", robot, user, "", group)
+            key = chat.conversation(self.config.group_memory == "member")
+            if self._add_task(window, chat, key):
+                self.workers.wake()
+                time.sleep(1 / RATE)
+
+    def _look_up(self, task: Message) -> None:
+        """Give what was missed in a conversation to `accept`, the oldest first."""
+        found: list[Message] = []
+        for item in self.history.messages(task, int(task.sent) - MARGIN):
+            with suppress(tim.BadEvent):
+                found += self._read(item, task)
+        known = [message for message in found if self.store.state(message.id)]
+        # One that was overtaken before the window began was not missed in it.
+        well = max((m.sent for m in known if m.sent < task.sent), default=0.0)
+        for message in found:
+            if message not in known and message.sent > well:
+                self._accept(message)
+
+    def _read(self, item: Json, task: Message) -> list[Message]:
+        """Return what a message of the history wants of the robot, as a callback."""
+        if item.get("MsgFlagBits", 0) & RECALLED:
+            return []
+        event = item | {"MsgTime": item["MsgTimeStamp"], "Random": item["MsgRandom"]}
+        if not task.group:
+            return tim.parse("Bot.OnC2CMessage", event)
+        nick, text = self.config.persona(task.robot).nick, str(item["MsgBody"])
+        if not any(tim.is_mentioned(name, text) for name in (task.robot, nick)):
+            return []
+        event |= {"GroupId": task.group, "AtRobots_Account": [task.robot]}
+        return tim.parse("Bot.OnGroupMessage", event, {task.robot: nick})
+
+    def is_absent(self, message: Message, order: int, part: int) -> bool:
+        """Return whether Tencent surely does not have a part of an answer: it lists the
+        question and not this part. Raises IMError if it may say so later."""
+        _, chance = tim.numbers(message.id, order, part)
+        asked = message.id.split("\t")[-3:-1]
+        with self._or_warning("\tanswers"):
+            items = self.history.messages(message, int(message.sent))
+            sent = [i["MsgRandom"] for i in items if i["From_Account"] == message.robot]
+            there = [[str(i["MsgSeq"]), str(i["MsgRandom"])] for i in items]
+            return chance not in sent and asked in there
+        return False
+
+    @staticmethod
+    def probe(im: tim.Client) -> str:
+        """Say whether an app may look up what was missed. Raises IMError."""
+        history, now = History(im), int(time.time())
+        try:
+            for robot in im.robots():
+                for user, group in [*history.conversations(robot, 0)]:
+                    if not group:
+                        history.messages(Message("", robot, user, ""), now)
+                        return "what is missed can be looked up"
+        except UNREADABLE as error:
+            raise ValueError(f"an unknown answer ({type(error).__name__})") from None
+        return "conversations can be listed, but there is none yet"
