@@ -6,4 +6,4 @@ RUN pip install --no-cache-dir -r requirements.txt
 COPY . .
 USER botserver
 ENV PORT=8000 DATABASE_URL=sqlite:////data/botserver.db
-CMD ["gunicorn", "--worker-class", "gthread", "--threads", "8", "--timeout", "90", "--graceful-timeout", "25", "--keep-alive", "100", "--no-control-socket", "botserver:create_app()"]
+CMD ["gunicorn", "botserver:create_app()"]

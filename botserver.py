@@ -5,7 +5,7 @@ one in a group. The message is checked, stored and acknowledged at once; a pool 
 threads asks the AI service and answers as the robot. One message runs through this file
 from top to bottom: `check`, `read_messages`, `Bot.accept`, `Bot.answer`, `Bot.ask`.
 
-    gunicorn --worker-class gthread --threads 8 'botserver:create_app()'
+    gunicorn 'botserver:create_app()'
 
 Settings come from the environment: see config.py and README.md.
 """
@@ -16,19 +16,20 @@ import atexit
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pkgutil import resolve_name
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import click
-from flask import Flask, Response, request
+from flask import Flask, request
 from werkzeug.exceptions import HTTPException
 
 import commands
@@ -44,7 +45,7 @@ from config import (
     load,
     misspelt,
 )
-from providers import Provider, ProviderError, words
+from providers import Provider, ProviderError, new_memory, words
 from replies import PlainReply
 from session import CancelScope
 from store import MAX_ATTEMPTS, MINUTE, NO_LIMIT, Added, Store, StoreError
@@ -66,7 +67,6 @@ DRAIN = 20.0  # seconds for answers in work when the server stops
 HISTORY_CHARACTERS = 24_000  # of old turns in one question
 
 Json = dict[str, Any]
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -184,9 +184,9 @@ class Bot:
         every = MINUTE if reason == Added.RATE_LIMITED else NOTICE_EVERY
         place = (message.robot, message.group or message.user)
         id = "\t".join((reason, *place, f"{time.time() // every:.0f}"))
-        data = replace(message, text="", images=()).data()  # nobody needs them
+        empty = replace(message, text="", quote="", images=())  # nobody needs them
         text = self.texts[reason]
-        self._wake(self.store.add(id, f"{chat}\tnotice", data, reply=text))
+        self._wake(self.store.add(id, f"{chat}\tnotice", empty.data(), reply=text))
 
     def _stop(self, message: tim.Message, chat: str) -> None:
         """Stop the answer of a chat. The confirmation does not wait behind it."""
@@ -261,7 +261,8 @@ class Bot:
             partial(self._note, work),
             self.texts["replaced"],
         )
-        scope = CancelScope(self.config.ai_timeout)
+        trace = tim.numbers(message.id, work.claim.seq, 0)[1]
+        scope = CancelScope(self.config.ai_timeout, str(trace))
         work.cancel, work.tick = scope.cancel, partial(self._keep_alive, reply)
         return Job(work, message, scope, progress, reply)
 
@@ -319,7 +320,8 @@ class Bot:
             return self.texts["unsupported"]
         if found := commands.find(message):
             return self._run_command(job, *found)
-        readable = message.text or self.provider(message.robot).service.images
+        sees = self.provider(message.robot).service.images
+        readable = message.text or message.quote or sees
         return "" if readable else self.texts["no_vision"]
 
     def _run_command(self, job: Job, command: commands.Command, argument: str) -> str:
@@ -338,16 +340,32 @@ class Bot:
         """Return the AI's answer, shown while it grows, or why there is none."""
         job.outcome, text = "answered", ""
         provider = self.provider(job.message.robot)
-        chat, interval = self._chat(job, provider), job.reply.update_interval
+        memory = self._memory(job) if provider.service.remembers else None
+        chat, interval = self._chat(job, provider, memory), job.reply.update_interval
         try:
-            for text in provider.chat(chat, job.scope, interval):
+            for text in provider.chat(chat, job.scope, interval, memory):
                 if not job.scope.ended:  # else it is saved and closed at once
                     job.reply.update(text)
-            return Said(text, remember=True)
+            said = Said(text, remember=True)
         except ProviderError as error:
             if job.work.lost:
                 raise LeaseLost from None
-            return self._cut(job, error, text, chat)
+            said = self._cut(job, error, text, chat)
+        if not memory:
+            return said
+        name = job.work.claim.conversation
+        self.workers.when_store_works(self.store.put, name, memory)
+        return said._replace(remember=False)  # the service does
+
+    def _memory(self, job: Job) -> Json:
+        """Return what a service that remembers knows the chat by."""
+        message, name = job.message, job.work.claim.conversation
+        memory = self.store.get(name)
+        if not memory:
+            shared = message.group if self.shared_memory else ""
+            memory = new_memory(shared or message.user)
+            self.store.put(name, memory)  # after a crash the session is the same
+        return memory
 
     def _cut(self, job: Job, error: ProviderError, text: str, chat: list[Json]) -> Said:
         """Return what to show instead of an answer, or after half of one."""
@@ -360,13 +378,13 @@ class Bot:
             return Said(why, failed=True)
         return Said(text, self.texts["cut"].format(why))
 
-    def _chat(self, job: Job, provider: Provider) -> list[Json]:
+    def _chat(self, job: Job, provider: Provider, memory: Json | None) -> list[Json]:
         """Return the question as the AI service gets it: prompt, old turns, new one."""
         message, chat = job.message, job.work.claim.conversation
         turns = [{"role": "user", "content": self._question(message, provider)}]
-        room = HISTORY_CHARACTERS
-        for data, reply in self.store.history(chat, self.config.history_turns)[::-1]:
-            asked = self._spoken(read_message(data))
+        room, history = HISTORY_CHARACTERS, self._history(chat, memory)
+        for old, reply in history[::-1]:
+            asked = self._spoken(old)
             room -= len(asked) + len(reply)
             if room < 0:
                 break
@@ -374,13 +392,31 @@ class Bot:
             turns.append({"role": "user", "content": asked})
         prompt = self.config.persona(message.robot).system_prompt
         prompt = prompt or self.config.ai_system_prompt
+        if memory and prompt == Config.ai_system_prompt:
+            prompt = ""  # nobody set it, and the service has one of its own
         return [*turns, {"role": "system", "content": prompt}][::-1]
+
+    def _history(self, chat: str, memory: Json | None) -> list[tuple[tim.Message, str]]:
+        """Return the old turns of a chat. A service that remembers does not know those
+        that began with the robot since it was asked last."""
+        found = self.store.history(chat, self.config.history_turns)
+        turns = [(read_message(data), reply) for data, reply in found]
+        if memory:
+            turns = [turn for turn in turns if turn[0].kind == "said"]
+            ids = [message.id for message, _ in turns]
+            if memory.get("told") in ids:
+                turns = turns[ids.index(memory["told"]) + 1 :]
+            memory["told"] = ids[-1] if ids else ""
+        return turns
 
     def _spoken(self, message: tim.Message) -> str:
         """Return a question as a turn of the chat. In a group its first line says who
         asked; the others are indented, so that none looks like another member's."""
-        text = message.text or "[image]"
-        if not (message.group and self.shared_memory):
+        text = message.text or ("[image]" if message.images else "")
+        if message.quote:
+            lines = [f"> {line}" for line in message.quote.splitlines()]
+            text = "\n".join([*lines, "", text]).rstrip()
+        if not (text and message.group and self.shared_memory):
             return text
         return f"{message.user}: {text}".replace("\n", "\n    ")
 
@@ -429,7 +465,8 @@ class Bot:
     def _give_up(self, job: Job, reason: str) -> None:
         """Tell the user that no answer comes, and leave the message to the operator."""
         try:
-            job.reply.give_up(self.texts["undeliverable"])
+            if job.message.kind != "said":  # else nobody waits for it
+                job.reply.give_up(self.texts["undeliverable"])
         except tim.IMError as error:
             logger.warning("%s: the user is not told: %s", job.work.claim.id, error)
         self.workers.when_store_works(self.store.fail, job.work.claim, reason)
@@ -455,10 +492,11 @@ def redact(details: str, chat: list[Json]) -> str:
     return details
 
 
-def or_exit(make: Callable[[], T]) -> T:
-    """Return what `make` makes; if the settings are wrong, say so and exit."""
+def make_bot(config: Config | None = None) -> Bot:
+    """Return a bot that is not at work; if the settings are wrong, say so and exit."""
     try:
-        return make()
+        config = config or Config.from_env()
+        return Bot(config, config.open_store(), config.im_client())
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(3)  # by which gunicorn knows not to start the worker again
@@ -475,17 +513,14 @@ def create_app(config: Config | None = None) -> Flask:
                 app.cli.add_command(command)
     if context and context.info_name != "run":
         return app  # a command of `flask` makes what it needs
-    config = config or or_exit(Config.from_env)
+    app.extensions["bot"] = bot = make_bot(config)
+    config = bot.config
     set_up_logging(config.log_level)
-    for line in misspelt(os.environ):
+    for line in misspelt(os.environ, config.ai_secret_keys):
         logger.warning(line)
-    store = or_exit(config.open_store)
-    bot = or_exit(partial(Bot, config, store, config.im_client()))
-    app.extensions["bot"] = bot
     add_routes(app, bot)
     leave_on_sigterm(bot)
     atexit.register(bot.close)
-    os.register_at_fork(after_in_child=refuse_preload)
     sys.setswitchinterval(0.002)  # seconds; with 0.005 callbacks wait for threads
     bot.workers.start()
     line = "version %s, store %s, AI service %s, replies %s"
@@ -522,16 +557,6 @@ def add_routes(app: Flask, bot: Bot) -> None:
             logger.warning("no health: %s", error)
             return {"status": "the store does not work"}, 503
 
-    @app.after_request
-    def read_rest(answer: Response) -> Response:
-        """Read a body to its end, or the connection would be of no use afterwards."""
-        if request.environ.get("wsgi.input_terminated"):
-            with suppress(Exception):  # it is broken, and gunicorn closes
-                for _ in range(0, LARGEST_REST, PIECE):
-                    if not request.environ["wsgi.input"].read(PIECE):
-                        break
-        return answer
-
     @app.errorhandler(HTTPException)
     def refused(error: HTTPException) -> tuple[Json, int]:
         return refuse(error.code or 500, error.description or error.name)
@@ -551,15 +576,34 @@ def refuse(status: int, why: str) -> tuple[Json, int]:
     """Return an error in Tencent's shape."""
     if request.path == "/im":
         logger.warning("callback refused with %d: %s", status, why)
+    read_rest()
     return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
+
+
+def read_rest() -> None:
+    """Read a body to its end, or the connection would be of no use afterwards."""
+    if request.environ.get("wsgi.input_terminated"):
+        with suppress(Exception):  # it is broken, and gunicorn closes
+            for _ in range(0, LARGEST_REST, PIECE):
+                if not request.environ["wsgi.input"].read(PIECE):
+                    break
 
 
 def set_up_logging(level: str) -> None:
     """Log to standard output, without what holds a signature or a text."""
+    handler = logging.StreamHandler(sys.stdout)
     line = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    logging.basicConfig(level=level, stream=sys.stdout, format=line)
+    handler.setFormatter(LineFormatter(line))
+    logging.basicConfig(level=level, handlers=[handler])
     for name in ("urllib3", "werkzeug"):  # they log URLs, with UserSig and Sign
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class LineFormatter(logging.Formatter):
+    """Shows the parts of a message's id, which tabs separate, with spaces."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return re.sub("\t+", " ", super().format(record))
 
 
 def leave_on_sigterm(bot: Bot) -> None:
@@ -572,15 +616,3 @@ def leave_on_sigterm(bot: Bot) -> None:
 
     if callable(before) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, leave)
-
-
-def refuse_preload() -> None:
-    """End a gunicorn worker that was forked from a process with a bot."""
-    if "gunicorn.arbiter" in sys.modules:
-        print(
-            "gunicorn's --preload (preload_app) cannot be used: threads and database "
-            "connections do not survive a fork. Start without it.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(3)  # by which gunicorn knows not to start the worker again

@@ -25,11 +25,13 @@ import requests
 from config import CATCHING_UP, Config, ConfigError, Persona, misspelt
 from providers import ProviderError
 from session import CancelScope
-from store import StoreError
-from tim import ROBOT, IMError
+from store import Store, StoreError
+from tim import ROBOT, IMError, Message, clean
 from usersig import gen_user_sig
 
 LISTED = 100  # failed messages
+WAIT = 5.0  # seconds in which `say` looks whether a message is sent
+GROUP = "@TGS#"  # how a group's id starts, unless the app chose it
 LONGEST_ROBOT = 32  # bytes of a chatbot's UserID
 ROBOT_API = "openim_robot_http_svc"
 CONSOLE = """
@@ -94,12 +96,14 @@ def delete_robot(config: Config, userid: str) -> None:
 @command
 def robots(config: Config) -> None:
     """List the app's chatbot accounts."""
-    click.echo("\n".join(config.im_client().robots()))
+    click.echo("\n".join(config.im_client().robots()) or "There is no robot yet.")
 
 
 @command
 @click.argument("userid")
-@click.option("--expire", default=86400, help="Seconds it is valid.")
+@click.option(
+    "--expire", default=86400, type=click.IntRange(1), help="Seconds it is valid."
+)
 def usersig(config: Config, userid: str, expire: int) -> None:
     """Print a UserSig with which USERID can log in to a chat client."""
     click.echo(gen_user_sig(config.im_sdkappid, config.im_key, userid, expire))
@@ -114,6 +118,8 @@ def failed(config: Config) -> None:
         click.echo(f"{number}  {age:.0f} s ago: {reason}")
     if (more := len(found) - LISTED) > 0:
         click.echo(f"and {more} more")
+    if not found:
+        click.echo("No message was given up.")
 
 
 @command
@@ -122,6 +128,38 @@ def retry(config: Config, numbers: tuple[int, ...]) -> None:
     """Let messages that were given up, all or those with NUMBERS, be answered."""
     with closing(config.open_store()) as store:
         click.echo(f"{store.retry(numbers or None)} put back.")
+
+
+@command
+@click.argument("robot")
+@click.argument("to", metavar="USER_OR_GROUP")
+@click.argument("text")
+@click.option("--group", is_flag=True, help=f"The id is a group's, without {GROUP}.")
+def say(config: Config, robot: str, to: str, text: str, group: bool) -> None:
+    """Let ROBOT write TEXT first; the server sends it, and the AI knows of it."""
+    if not robot.startswith(ROBOT) or not text.strip():
+        raise ValueError(f"give a robot, whose UserID starts with {ROBOT}, and a text")
+    id, now = f"{robot}\tsaid\t{os.urandom(16).hex()}", time.time()
+    user, group_id = ("", to) if group or to.startswith(GROUP) else (to, "")
+    message = Message(id, robot, user, "", group_id, kind="said", sent=int(now))
+    chat, data, remember = message.conversation(), message.data(), config.history_turns
+    with closing(config.open_store()) as store:
+        store.add(id, chat, data, reply=clean(text), sent=now, remember=remember > 0)
+        click.echo(outcome(store, id))
+
+
+def outcome(store: Store, id: str) -> str:
+    """Say what becomes of a message within WAIT seconds. Raises ValueError if it has
+    failed."""
+    end = time.monotonic() + WAIT
+    while (state := store.state(id)) == "open":
+        if time.monotonic() > end:
+            return "It waits, and is sent as soon as a server takes it."
+        time.sleep(0.1)
+    for _, failed, reason, _ in store.failed() if state == "failed" else ():
+        if failed == id:
+            raise ValueError(reason)
+    return "Sent."
 
 
 @command
@@ -134,7 +172,7 @@ def doctor(config: Config) -> None:
         except ERRORS as error:
             healthy, line = False, f"FAIL {name:9} {error}"
         click.echo(line)
-    click.echo("\n".join([*misspelt(os.environ), CONSOLE]))
+    click.echo("\n".join([*misspelt(os.environ, config.ai_secret_keys), CONSOLE]))
     sys.exit(not healthy)
 
 
@@ -181,8 +219,8 @@ def check_ai(config: Config) -> str:
     for persona in {Persona(), *config.robots.values()}:
         began, provider = time.monotonic(), config.provider(persona)
         answer(config, persona, "", "Say OK.")
-        name = persona.provider or config.ai_provider
-        seen.append(f"{name} {provider.model} in {time.monotonic() - began:.1f} s")
+        name = f"{persona.provider or config.ai_provider} {provider.model}".strip()
+        seen.append(f"{name} in {time.monotonic() - began:.1f} s")
     return f"answers: {', '.join(seen)}"
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +19,7 @@ from pkgutil import resolve_name
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from providers import PROVIDERS, Provider
+from providers import PROVIDERS, Provider, Service
 from session import Session
 from store import Store, StoreError
 from tim import ROBOT, Client
@@ -33,6 +34,11 @@ STORES = {  # the scheme of DATABASE_URL -> where messages wait
     "sqlite": "store:SQLiteStore",
     "postgres": "postgres:PostgresStore",
     "postgresql": "postgres:PostgresStore",
+}
+SERVICES: dict[str, Service | str] = {  # AI_PROVIDER -> a service, or where it is
+    **PROVIDERS,
+    "dify": "agents:DIFY",
+    "adp": "agents:ADP",
 }
 COMMAND_LINE = [  # what `flask --app botserver` can do besides `run`
     "cli:COMMANDS",
@@ -50,13 +56,19 @@ class ConfigError(Exception):
     """Settings that are missing or wrong, a sentence each."""
 
 
-def load(registry: Mapping[str, str], name: str) -> Any:
+def load(registry: Mapping[str, Any], name: str) -> Any:
     """Return what a registry has under a name. Raises ConfigError."""
     try:
         return resolve_name(registry[name])
     except (ImportError, AttributeError) as error:
         where = f"{name} is {registry[name]}, which cannot be loaded"
         raise ConfigError(f"{where}: {error}; see requirements.txt") from None
+
+
+def service(name: str) -> Service:
+    """Return an AI service. Raises ConfigError."""
+    found = SERVICES[name]
+    return load(SERVICES, name) if isinstance(found, str) else found
 
 
 class Kind(NamedTuple):
@@ -91,6 +103,13 @@ def address(text: str) -> str:
     return text
 
 
+def variable(text: str) -> str:
+    """Return the name of a variable as it is. Raises ValueError: it may be a key."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text, re.ASCII):
+        raise ValueError
+    return text
+
+
 def listed(text: str) -> tuple[str, ...]:
     """Return words that have commas between them."""
     return tuple(filter(None, map(str.strip, text.split(","))))
@@ -99,7 +118,7 @@ def listed(text: str) -> tuple[str, ...]:
 def robots_file(path: str) -> dict[str, Persona]:
     """Return the personas of robots.toml. Raises ConfigError."""
     try:
-        tables = tomllib.loads(Path(path).read_text("utf-8"))
+        tables = tomllib.loads(Path(path).read_text("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"names {path}, which is not there") from None
     except (OSError, ValueError) as error:
@@ -140,6 +159,7 @@ SWITCH = {"0": False, "no": False, "false": False, "1": True, "yes": True, "true
 TEXT = Kind("a text", str)
 FLAG = Kind("0 or 1", lambda text: SWITCH[text.lower()])
 ADDRESS = Kind("an address with https:// or http://", address)
+VARIABLE = Kind("the name of a variable of the environment", variable)
 JSON = Kind("a JSON object", lambda text: {**json.loads(text)})
 LIST = Kind("words with commas between them", listed)
 PERSONAS = Kind("a file of personas", robots_file)
@@ -157,7 +177,9 @@ class Persona:
 
     nick: str = setting("")
     system_prompt: str = setting("")
-    provider: str = setting("", one_of(*PROVIDERS))
+    provider: str = setting("", one_of(*SERVICES))
+    secret_key_env: str = setting("", VARIABLE)  # which holds its key for it
+    base_url: str = setting("", ADDRESS)
     model: str = setting("")
     reply_mode: str = setting("", one_of(*REPLIES))
 
@@ -172,9 +194,9 @@ class Config:
     allow_unsigned: bool = setting(False, FLAG)
     im_admin: str = setting("administrator")
     im_api_url: str = setting("https://console.tim.qq.com", ADDRESS)
-    ai_provider: str = setting("minimax", one_of(*PROVIDERS))
+    ai_provider: str = setting("minimax", one_of(*SERVICES))
     ai_secret_key: str = setting("", secret=True)
-    ai_secret_keys: dict[str, str] = setting(dict, secret=True)
+    ai_secret_keys: dict[str, str] = setting(dict, secret=True)  # others, by variable
     ai_base_url: str = setting("", ADDRESS)
     ai_model: str = setting("")
     ai_extra_body: dict[str, Any] = setting(dict, JSON)
@@ -208,13 +230,15 @@ class Config:
             texts["ai_provider"] = "openai-compatible"
         values, faults = read(cls, texts)
         faults |= {n: "is missing" for n in ("im_sdkappid", "im_key") if not texts[n]}
-        keys = {name: env.get(key_name(name), "").strip() for name in PROVIDERS}
+        names = {*map(key_name, SERVICES)}
+        names |= {p.secret_key_env for p in values.get("robots", {}).values()} - {""}
+        keys = {name: env.get(name, "").strip() for name in names}
         config = cls(**values | {"ai_secret_keys": keys})
         wrong = [f"{name.upper()} {why}." for name, why in faults.items()]
         for name in filter(env.get, REMOVED):
             wrong.append(f"{name} is not read any more: write {REMOVED[name]}.")
         if wrong := wrong + config._disagreements():
-            lines = "The settings are not complete:", *wrong, *misspelt(env)
+            lines = "The settings are not complete:", *wrong, *misspelt(env, names)
             raise ConfigError("\n".join(lines))
         return config
 
@@ -227,16 +251,14 @@ class Config:
             )
         if self.database_url.partition(":")[0] not in STORES:
             wrong.append(f"DATABASE_URL must begin with one of: {', '.join(STORES)}.")
-        robots = self.robots.values()
-        for name in sorted({self.ai_provider, *(r.provider for r in robots)} - {""}):
-            key, url, *_ = self._given(name)
-            if not key and not PROVIDERS[name].keyless:
-                main = name == self.ai_provider
-                setting = "AI_SECRET_KEY" if main else key_name(name)
+        for persona in {Persona(), *self.robots.values()}:
+            name = persona.provider or self.ai_provider
+            setting, key, url, *_ = self._given(persona)
+            if not key and not service(name).keyless:
                 wrong.append(f"{setting} is missing: the AI service {name} needs one.")
-            if not (url or PROVIDERS[name].url or PROVIDERS[name].ask):
+            if not (url or service(name).url or service(name).ask):
                 wrong.append(f"AI_BASE_URL is missing: {name} has no address itself.")
-        return wrong
+        return sorted({*wrong})
 
     def persona(self, robot: str) -> Persona:
         """Return what is set for a robot."""
@@ -244,16 +266,23 @@ class Config:
 
     def provider(self, persona: Persona) -> Provider:
         """Return the AI service of a persona, with the key that is set for it."""
-        name = persona.provider or self.ai_provider
-        service, (key, url, model, extra) = PROVIDERS[name], self._given(name)
-        session = Session(url or service.url, self.worker_threads)
-        return Provider(service, key, url, persona.model or model, extra, session)
+        found = service(persona.provider or self.ai_provider)
+        _, key, url, model, extra = self._given(persona)
+        session = Session(url or found.url, self.worker_threads)
+        return Provider(found, key, url, model, extra, session)
 
-    def _given(self, provider: str) -> tuple[str, str, str, dict[str, Any]]:
-        """Return the key, address, model and extra fields set for an AI service."""
-        if provider != self.ai_provider:
-            return self.ai_secret_keys.get(provider, ""), "", "", {}
-        return self.ai_secret_key, self.ai_base_url, self.ai_model, self.ai_extra_body
+    def _given(self, persona: Persona) -> tuple[str, str, str, str, dict[str, Any]]:
+        """Return the variable of a persona's key, the key, and the address, model and
+        extra fields that are set for its AI service."""
+        name = persona.provider or self.ai_provider
+        main = name == self.ai_provider
+        setting = persona.secret_key_env or key_name(name)
+        key = self.ai_secret_keys.get(setting, "")
+        if main and not persona.secret_key_env:
+            setting, key = "AI_SECRET_KEY", self.ai_secret_key
+        url = persona.base_url or (self.ai_base_url if main else "")
+        model = persona.model or (self.ai_model if main else "")
+        return setting, key, url, model, self.ai_extra_body if main else {}
 
     def im_client(self) -> Client:
         """Return Tencent IM's REST API."""
@@ -275,12 +304,13 @@ def key_name(provider: str) -> str:
     return f"AI_SECRET_KEY_{provider.upper().replace('-', '_')}"
 
 
-def misspelt(env: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each variable that looks like a misspelt setting."""
+def misspelt(env: Mapping[str, str], known: Collection[str] = ()) -> list[str]:
+    """Return a sentence for each variable that looks like a misspelt setting, unless
+    it is known."""
     ours = [f.name.upper() for f in fields(Config) if f.name != "ai_secret_keys"]
-    ours += [key_name(name) for name in PROVIDERS]
+    ours += [key_name(name) for name in SERVICES]
     found = []
-    for name in sorted(env.keys() - {*ours, *REMOVED}):
+    for name in sorted(env.keys() - {*ours, *REMOVED, *known}):
         alike = [own for own in ours if own[:2] == name[:2]]
         # Few variables of other programs begin like these two.
         least = 0.6 if name.startswith(("AI_", "IM_")) else 0.85

@@ -23,7 +23,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from store import SCHEMA, Data, Step, Store, StoreError, add_step
+from store import SCHEMA, Data, Step, Store, StoreError, add_step, end_step
 
 CONNECTIONS = 4  # of one process at the most: the smallest plans allow 20 in all
 POOL_TIMEOUT = 0.6  # seconds to wait for a connection; Tencent waits 2 for an answer
@@ -141,8 +141,8 @@ class PostgresStore(Store):
                     raise StoreError(self._redacted(error)) from None
 
     def _transact(self, step: Step, values: Data) -> Any:
-        begin = BEGIN
-        begin += "" if step is add_step else "SET LOCAL synchronous_commit = off; "
+        durable = step in (add_step, end_step)
+        begin = BEGIN + ("" if durable else "SET LOCAL synchronous_commit = off; ")
         commit = "; COMMIT" if isinstance(step, str) else ""
 
         def execute(step: Step, values: Data) -> Any:

@@ -4,11 +4,17 @@ To add a service that speaks OpenAI's format, add a line to PROVIDERS, at the en
 this file; for one that does not, write a function like `minimax_completion` and name it
 there as `ask`. All keep the same promises: an end within the deadline, no thinking in
 the answer, three tries where that may help, a ProviderError for whatever goes wrong.
+
+One that `remembers` its chats gets in `messages` only what is new, and as one more
+argument the chat's `memory`: a dict that is kept with the chat until the user clears
+it. It begins with a random "session" and the "user", whom the service may be told; what
+the function changes in it, such as the id of a conversation, it finds again.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import time
@@ -34,6 +40,7 @@ READ_EVERY = 0.2  # seconds between two looks at an answer that streams in
 
 Json = dict[str, Any]
 Texts = Iterator[str]  # the answer so far, again and again
+Reader = Callable[[Json, list[str]], str | Json]  # see Provider.complete
 
 
 class ProviderError(Exception):
@@ -42,7 +49,8 @@ class ProviderError(Exception):
     busy, once: it may do better later; quota: balance or allowance spent; filter: a
     content filter; long: the chat is too long; length: the answer is too long and was
     cut; slow: no end within the deadline; empty: no text; setup: key, address, model or
-    parameters are wrong; stopped: the scope was cancelled.
+    parameters are wrong; stopped: the scope was cancelled; forgotten: a service that
+    remembers does not know the conversation.
     """
 
     def __init__(self, kind: str, details: str, wait: float | None = None) -> None:
@@ -51,12 +59,13 @@ class ProviderError(Exception):
         self.wait = wait  # seconds, from Retry-After
 
 
-def _kinds(**codes: str) -> dict[str, str]:
+def kinds(**codes: str) -> dict[str, str]:
+    """Return the kind of each code, from the codes of each kind."""
     return {code: kind for kind, listed in codes.items() for code in listed.split()}
 
 
-STATUS = _kinds(busy="408 409 429", quota="402", filter="451", long="413")
-NAMES = _kinds(  # what error.code, error.type or finish_reason may say
+STATUS = kinds(busy="408 409 429", quota="402", filter="451", long="413")
+NAMES = kinds(  # what error.code, error.type or finish_reason may say
     quota="insufficient_quota exceeded_current_quota_error QuotaExceeded Arrearage "
     "SetLimitExceeded AccountOverdueError AccessDenied.Unpurchased "
     "Throttling.AllocationQuota",
@@ -65,14 +74,14 @@ NAMES = _kinds(  # what error.code, error.type or finish_reason may say
     once="RequestTimeOut",
     busy="error network_error server_error overloaded_error ServerOverloaded",
 )
-MINIMAX = _kinds(  # https://platform.minimax.io/docs/api-reference/errorcode
+MINIMAX = kinds(  # https://platform.minimax.io/docs/api-reference/errorcode
     busy="1000 1001 1002 1013 1024 1033 1041 2045",
     once="1039",
     filter="1026 1027",
     quota="1008 1028 1030 2054 2056 2061",
     setup="1004 1042 1043 1044 2013 2037 2038 2039 2042 2048 2049 20132",
 )
-ZHIPU = _kinds(  # https://docs.bigmodel.cn/cn/api/api-code
+ZHIPU = kinds(  # https://docs.bigmodel.cn/cn/api/api-code
     busy="500 1120 1234 1302 1303 1305 1312",
     once="1003 1230",
     filter="1300 1301",
@@ -109,7 +118,8 @@ class Service:
     cap: str = "max_tokens"  # its name for the limit on an answer's tokens
     keyless: bool = False  # it may be asked without a key
     images: bool = False  # whether the model reads pictures
-    ask: Callable[[Provider, list[Json], CancelScope, float], Texts] | None = None
+    ask: Callable[..., Texts] | None = None  # if it has a format of its own
+    remembers: bool = False  # its chats itself: `ask` gets their memory, too
 
 
 class Provider:
@@ -132,7 +142,11 @@ class Provider:
         self.session = session or Session(self.url)
 
     def chat(
-        self, messages: list[Json], scope: CancelScope, update_interval: float = 0.0
+        self,
+        messages: list[Json],
+        scope: CancelScope,
+        update_interval: float = 0.0,
+        memory: Json | None = None,
     ) -> Texts:
         """Yield the answer so far, every `update_interval` seconds; if 0, once, whole.
 
@@ -144,10 +158,11 @@ class Provider:
         if not messages:
             raise ProviderError("empty", "the question holds no text")
         ask, text = self.service.ask or openai_chat, ""
+        own = [memory or new_memory("operator")] if self.service.remembers else []
         for tried in count(1):
             try:
                 with _as_provider_errors():
-                    answer = ask(self, messages, scope, update_interval)
+                    answer = ask(self, messages, scope, update_interval, *own)
                     for text in filter(str.strip, answer):
                         yield text
                 if text:
@@ -167,24 +182,34 @@ class Provider:
         return {name: value for name, value in fields.items() if value is not None}
 
     def complete(
-        self, path: str, body: Json, scope: CancelScope, update_interval: float
+        self,
+        path: str,
+        body: Json,
+        scope: CancelScope,
+        update_interval: float,
+        read: Reader | None = None,  # of OpenAI's format, if there is none
     ) -> Texts:
         """Send a request and yield the answer so far, without its thinking.
 
+        `read` adds the text of an event to the parts of the answer, or changes them,
+        and returns "stop" at the end, "" before, or the event if it tells of an error.
         Raises ProviderError, after the last text if the answer is not whole.
         """
-        with self._send(path, body, scope) as response:
+        with self.send(path, body, scope) as response:
             if response.status_code != 200:
                 refusal = _json(b"".join(reads(response, scope)))
                 raise self.error(refusal, response)
-            yield from self._texts(response, scope, update_interval)
+            reader = read or openai_event
+            yield from self._texts(response, scope, update_interval, reader)
             _finish(response, scope)
 
-    def _send(self, path: str, body: Json, scope: CancelScope) -> requests.Response:
+    def send(self, path: str, body: Json, scope: CancelScope) -> requests.Response:
+        """Return the response to a request, its body not read yet."""
         token = self.service.token(self.key)
         if not (token.isascii() and token.isprintable()):
             raise ProviderError("setup", "AI_SECRET_KEY has a character no key has")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers |= {"X-Client-Request-Id": scope.trace} if scope.trace else {}
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         left = scope.remaining()  # a host may have several addresses to connect to
         timeout = (min(CONNECT_TIMEOUT, left / 4 + 0.1), left + 1)
@@ -220,7 +245,11 @@ class Provider:
         return kind
 
     def _texts(
-        self, response: requests.Response, scope: CancelScope, update_interval: float
+        self,
+        response: requests.Response,
+        scope: CancelScope,
+        update_interval: float,
+        read: Reader,
     ) -> Texts:
         """Yield the answer so far whenever an update is due, and at its end.
 
@@ -231,7 +260,10 @@ class Provider:
         try:
             for event in events(response, scope):
                 if event:
-                    finish = self._add(event, parts, response)
+                    told = event if event.get("error") else read(event, parts)
+                    if isinstance(told, dict):
+                        raise self.error(event, response)
+                    finish = told
                 elif update_interval and time.monotonic() >= due:
                     so_far = without_thinking("".join(parts), final=False)
                     if so_far != shown:
@@ -252,16 +284,17 @@ class Provider:
         if finish == "length" and answer.strip():
             raise ProviderError("length", "the answer reached its limit of tokens")
 
-    def _add(self, event: Json, parts: list[str], response: requests.Response) -> str:
-        """Add to `parts` the text of an event, and return its finish_reason."""
-        if find_error(event):
-            raise self.error(event, response)
-        choices = event.get("choices")
-        choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
-        if whole := _text(choice.get("message")) or _text(event.get("reply")):
-            parts.clear()
-        parts.append(whole or _text(choice.get("delta")))
-        return str(choice.get("finish_reason") or "")
+
+def openai_event(event: Json, parts: list[str]) -> str | Json:
+    """Add to `parts` the text of an event, and return its finish_reason."""
+    if find_error(event):
+        return event
+    choices = event.get("choices")
+    choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
+    if whole := _text(choice.get("message")) or _text(event.get("reply")):
+        parts.clear()
+    parts.append(whole or _text(choice.get("delta")))
+    return str(choice.get("finish_reason") or "")
 
 
 def _finish(response: requests.Response, scope: CancelScope) -> None:
@@ -411,8 +444,7 @@ def minimax_completion(
         claims = {}
     group = claims.get("GroupID") or claims.get("group_id")
     path = f"/text/completion?GroupId={group}" if group else "/text/completion"
-    talk = [f"{turn['role']}: {words(turn)}" for turn in messages] + ["assistant:"]
-    prompt = "\n".join(talk) if messages[1:] else words(messages[0])
+    prompt = as_text(messages) + ("\nassistant:" if messages[1:] else "")
     body = provider.body(prompt=prompt)
     return provider.complete(path, body, scope, update_interval)
 
@@ -430,6 +462,18 @@ def words(turn: Json) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
+def as_text(messages: list[Json]) -> str:
+    """Return a chat as one text; of a single message only what it says."""
+    if not messages[1:]:
+        return words(messages[0])
+    return "\n".join(f"{turn['role']}: {words(turn)}" for turn in messages)
+
+
+def new_memory(user: str) -> Json:
+    """Return the memory of a new chat, for a service that remembers."""
+    return {"session": os.urandom(16).hex(), "user": user}
 
 
 def zhipu_token(key: str) -> str:

@@ -13,7 +13,6 @@ import json
 import math
 import re
 import time
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +22,13 @@ from tim import PARTS, Client, Json, Message, text_element
 PART_BYTES = 9000  # of UTF-8 JSON in one message; Tencent refuses more than 12 KB
 LAST_PART = PARTS - 1  # its numbers are for the sentence of give_up
 
-_BREAKS = [r"\n\s*\n", r"\n", r"[。！？!?；;]+|\.\s", r"[，,、\s]", r"[\s\S]"]
-_FLAGS = re.compile("[\U0001f1e6-\U0001f1ff]+\\Z")
+# What belongs to the character before it: parts of emoji and flags, accents, jamo.
+_JOINED = (
+    "\u200d\u20e3\ufe00-\ufe0f\u0300-\u036f\u1100-\u11ff"
+    "\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f"
+)
+_ANYWHERE = rf"[\s\S](?<!\u200d)(?=[^{_JOINED}])"
+_BREAKS = [r"\n\s*\n", r"\n", r"[。！？!?；;]+|\.\s", r"[，,、\s]", _ANYWHERE]
 _FENCE = re.compile(r"^ {0,3}(?:```+|~~~+)[^`\n]*$", re.MULTILINE)
 _TABLE = re.compile(r"(?:^|\n)(\|.*\n\|[ :|-]+\n)(?:\|.*\n)*\Z")
 
@@ -55,7 +59,7 @@ class PlainReply:
         self.replaced = replaced  # what to say below text that another text replaces
         self.last_sent = time.monotonic()
         self.parts = 0  # of the answer, when it is closed
-        self._mention = f"@{message.user} " if message.group else ""
+        self._mention = f"@{message.user} " if message.group and message.user else ""
 
     def open(self) -> None:
         """Show that an answer is coming."""
@@ -135,27 +139,9 @@ def _break(text: str, end: int) -> int:
     """Return the best place to cut, at most `end`."""
     half = text[end // 2 : end]
     for pattern in _BREAKS:
-        for found in reversed([*re.finditer(pattern, half)]):
-            if _boundary(text, end // 2 + found.end()):
-                return end // 2 + found.end()
+        if found := [*re.finditer(pattern, half)]:
+            return end // 2 + found[-1].end()
     return end
-
-
-def _boundary(text: str, place: int) -> bool:
-    """Return whether no grapheme spans this place."""
-    before, after = text[place - 1], text[place : place + 1]
-    if not after:
-        return True
-    flags = _FLAGS.search(text, max(0, place - 50), place)
-    return not (
-        "\u200d" in (before, after)  # a family of emoji
-        or unicodedata.category(after)[0] == "M"  # an accent, a keycap
-        or "\U0001f3fb" <= after <= "\U0001f3ff"  # a skin tone
-        or "\U000e0020" <= after <= "\U000e007f"  # a tag, as of Scotland's flag
-        or ("\u1100" <= before <= "\u11ff" and "\u1100" <= after <= "\u11ff")  # jamo
-        or (flags and len(flags[0]) % 2 and _FLAGS.match(after))  # half of a flag
-        or before + after == "\r\n"
-    )
 
 
 def _reopen(part: str, limit: int) -> tuple[str, str]:

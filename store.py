@@ -126,29 +126,25 @@ class Store:
         rate: int = NO_LIMIT,
         reply: str | None = None,
         sent: float = 0.0,
+        remember: bool = False,
     ) -> Added:
         """Keep a message on disk, once however often it is delivered.
 
         It is refused if `room` messages of the conversation are open, or if `asker`,
         unless empty, added `rate` in the last MINUTE. With a `reply` there is nothing
-        to ask, and nothing of it is remembered. Its turn in the conversation is by
-        when it was `sent`, Unix seconds, then by when it was added.
+        to ask, and it is in the history only if `remember` says so. Its turn in the
+        conversation is by when it was `sent`, Unix seconds, then by when it was added.
         """
         texts = {"id": id, "conversation": conversation, "asker": asker}
         values: Data = {name: storable(text) for name, text in texts.items()}
         values |= {"data": json.dumps(data), "reply": _dump(reply)}
         values |= {"room": room, "rate": rate, "minute": MINUTE, "sent": sent}
+        values["remember"] = int(remember or reply is None)
         self._callbacks.append(None)
         try:
             return Added(self._write(add_step, values))
         finally:
             self._callbacks.pop()
-
-    def state(self, id: str) -> str | None:
-        """Return the state of a message: open, done, gone or failed; None if it was
-        never added."""
-        rows = self._read("known", {"id": storable(id)})
-        return str(rows[0][0]) if rows else None
 
     def claim(self) -> Claim | None:
         """Take the oldest open message of the conversation that is due longest.
@@ -171,6 +167,11 @@ class Store:
             return claim
         self.fail(claim, "its work was cut short too often, or it cannot be read")
         return self.claim()
+
+    def state(self, id: str) -> str | None:
+        """Return `open`, `done`, `gone` or `failed`, None if the id is not known."""
+        rows = self._read("known", {"id": storable(id)})
+        return str(rows[0][0]) if rows else None
 
     def heartbeat(self, claims: Collection[Claim]) -> tuple[list[Claim], list[Claim]]:
         """Make claims last LEASE seconds from now; return those that were lost, and
@@ -327,9 +328,10 @@ class SQLiteStore(Store):
             with suppress(FileExistsError):
                 Path(self.path).touch(0o600, exist_ok=False)
             self._file = os.stat(self.path)
-            options: Data = {"isolation_level": None, "check_same_thread": False}
-            self._writer = sqlite3.connect(self.path, BUSY_TIMEOUT, **options)
-            self._reader = sqlite3.connect(self.path, BUSY_TIMEOUT, **options)
+            options: Data = {"timeout": BUSY_TIMEOUT, "isolation_level": None}
+            options["check_same_thread"] = False
+            self._writer = sqlite3.connect(self.path, **options)
+            self._reader = sqlite3.connect(self.path, **options)
             self._execute("PRAGMA journal_mode = WAL", {})
             self._writer.execute("PRAGMA secure_delete = ON")
             schema = SCHEMA.format(**self.dialect)
@@ -519,7 +521,7 @@ SQL = {
     "insert": """INSERT INTO message
             (id, conversation, asker, data, reply, remember, sent, accepted)
         SELECT :id, :conversation, nullif(:asker, ''), :data, :reply,
-            CASE WHEN :reply IS NULL THEN 1 ELSE 0 END, :sent, {now}
+            :remember, :sent, {now}
         WHERE :open <= :room AND :rate > (SELECT count(*) FROM message
             WHERE asker = :asker AND accepted BETWEEN {now} - :minute AND {now})
         ON CONFLICT (id) DO NOTHING RETURNING 1""",

@@ -32,6 +32,7 @@ CONNECT_TIMEOUT = 5  # seconds
 CALL_TIMEOUT = 10  # seconds for one try of a call, from its start to its last byte
 PAUSES = (0.3, 1.5)  # seconds before the second and the third try of a call
 SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of that
+LONGEST_QUOTE = 500  # characters of the message that a question replies to
 PARTS = 1024  # values of MsgSeq set apart for the messages of one answer
 NO_CALLBACKS = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
 
@@ -114,9 +115,11 @@ class Message:
     group: str = ""  # empty in a one-to-one chat
     topic: str = ""
     images: tuple[str, ...] = ()  # URLs
-    kind: str = "question"  # or "stop" (a button), "unsupported" (a voice, a file),
-    # or "missed": no message, but work of missed.py
+    # or "stop" (a button), "unsupported" (a voice, a file), "said" (by the robot, of
+    # itself), "missed" (no message, but work of missed.py)
+    kind: str = "question"
     sent: float = 0.0  # Unix seconds, by Tencent's clock; within a second by MsgSeq
+    quote: str = ""  # of the message that it replies to
 
     def data(self) -> Json:
         """Return the fields, for the store."""
@@ -158,10 +161,11 @@ def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Mess
         text = cut_mentions(text, [*robots, *names])
     unique = [_number(event, name) for name in ("MsgSeq", random_field, "MsgTime")]
     rest = "\t".join((user, group, topic, *unique))
-    if kind == "question" and not text and not images:
+    quote = _quote(event)
+    if kind == "question" and not (text or images or quote):
         return []
     sent = int(unique[2]) + int(unique[0]) % 2**22 / 2**22  # what a float can hold
-    content = (text, group, topic, images, kind, sent)
+    content = (text, group, topic, images, kind, sent, quote)
     return [Message(f"{robot}\t{rest}", robot, user, *content) for robot in robots]
 
 
@@ -265,6 +269,15 @@ def _presses_stop(data: str) -> bool:
         return False
 
 
+def _quote(event: Json) -> str:
+    """Return the message that an event's replies to, as the client shortened it."""
+    try:
+        reply = json.loads(event["CloudCustomData"])["messageReply"]
+        return clean(reply["messageAbstract"])[:LONGEST_QUOTE].strip()
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return ""  # it replies to none, or the field is another program's
+
+
 def clean(text: str) -> str:
     """Return the text without what UTF-8 or an AI service cannot hold."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
@@ -300,7 +313,7 @@ class Client:
         if not message.group:
             return self.call("openim/sendmsg", body)
         body["Random"] = body.pop("MsgRandom")
-        if mention:
+        if mention and message.user:
             asker = {"GroupAtAllFlag": 0, "GroupAt_Account": message.user}
             body["GroupAtInfo"] = [asker]
         return self.call("group_open_http_svc/send_group_msg", body)
@@ -331,9 +344,10 @@ class Client:
                     raise
 
     def _post(self, command: str, data: bytes) -> Json:
+        # A UserSig needs no quoting, and urllib3 goes byte by byte where it finds a %.
         url = (
             f"{self.url}/v4/{command}?sdkappid={self.sdkappid}&contenttype=json"
-            f"&identifier={quote(self.admin)}&usersig={quote(self._user_sig())}"
+            f"&identifier={quote(self.admin)}&usersig={self._user_sig()}"
             f"&random={random.getrandbits(32)}"
         )
         limits = (CONNECT_TIMEOUT, CALL_TIMEOUT)

@@ -25,7 +25,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from simulator import free_port
+from simulator import free_port, lifeline
 
 PLACES = "/usr/lib/postgresql/*/bin"  # of Debian, which leaves them out of PATH
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
@@ -102,6 +102,7 @@ class _Server:
             self.process = subprocess.Popen(
                 self._command(), stdout=log, stderr=log, **self._ours()
             )
+        self._lifeline = lifeline(self.process)
         while self.process.poll() is None and time.monotonic() < end:
             if self._serves():
                 return
@@ -123,6 +124,7 @@ class _Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._lifeline.close()
 
     def _ours(self) -> dict[str, Any]:
         """Return how its programs are run: in its folder, as who may run them."""

@@ -55,7 +55,7 @@ def stage(
         bot = BotProcess(simulator, folder, **settings | more)
         if bare:
             Path(folder, "bare.py").write_text(BARE)
-            bot.command[-1], bot.folder = "bare:app", Path(folder)
+            bot.command[-1:] = ["--pythonpath", folder, "bare:app"]
         try:
             yield bot.start(), database
         finally:

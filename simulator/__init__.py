@@ -6,12 +6,12 @@ The tests and the benchmark use the same stand-in: real HTTP on loopback, signed
 callbacks, REST calls that are checked as strictly as Tencent documents them, its error
 codes and its de-duplication. Nothing deployed imports this package.
 
-Read messages.py, history.py, tencent.py, ai.py, and standin.py, which puts them
-together.
+Read messages.py, history.py, tencent.py, ai.py, platforms.py, and standin.py, which
+puts them together.
 """
 
 from .ai import actor, ai_error
-from .bot import BotProcess, free_port, interrupt_on_signals, running
+from .bot import BotProcess, free_port, interrupt_on_signals, lifeline, running
 from .messages import Delivered, Json, c2c_event, group_event, text_body
 from .page import PACE
 from .signature import Refused, check_user_sig
@@ -33,6 +33,7 @@ __all__ = [
     "free_port",
     "group_event",
     "interrupt_on_signals",
+    "lifeline",
     "running",
     "text_body",
 ]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import requests
 
@@ -52,6 +52,7 @@ class BotProcess:
         line = ROOT.joinpath("Procfile").read_text().split("web:")[1].splitlines()[0]
         self.command, self.folder = shlex.split(line), ROOT
         self.process: subprocess.Popen[bytes] | None = None
+        self._lifeline: IO[bytes] | None = None
         self.seconds_to_start = 0.0  # until it served
 
     def launch(self) -> BotProcess:
@@ -65,6 +66,7 @@ class BotProcess:
                 stderr=log,
                 start_new_session=True,
             )
+        self._lifeline = lifeline(self.process)
         return self
 
     def start(self, timeout: float = 20) -> BotProcess:
@@ -81,12 +83,6 @@ class BotProcess:
         self.stop(signal.SIGKILL)
         raise RuntimeError(f"the bot did not start:\n{self.log.read_text()}")
 
-    def restart(self, **settings: str) -> None:
-        """Stop the process and start it with other settings."""
-        self.stop()
-        self.env |= settings
-        self.start()
-
     def alive(self) -> bool:
         """Return whether the process runs."""
         return self.process is not None and self.process.poll() is None
@@ -98,7 +94,26 @@ class BotProcess:
             os.killpg(self.process.pid, how)
         elif self.alive():
             self.process.send_signal(how)
-        return self.process.wait(timeout)
+        return self.wait(timeout)
+
+    def wait(self, timeout: float = 40) -> int:
+        """Return the exit status of the process when it has ended."""
+        assert self.process and self._lifeline
+        status = self.process.wait(timeout)
+        self._lifeline.close()
+        return status
+
+
+def lifeline(process: subprocess.Popen[Any]) -> IO[bytes]:
+    """Return a pipe: when it closes, as at the latest when this program is gone, the
+    process and all others of its session are killed."""
+    watch = f"exec 3<&0; (read line <&3; kill -9 -{process.pid}) 2>/dev/null &"
+    watcher = subprocess.Popen(
+        ["sh", "-c", watch], stdin=subprocess.PIPE, start_new_session=True
+    )
+    watcher.wait()
+    assert watcher.stdin
+    return watcher.stdin
 
 
 def interrupt_on_signals() -> None:

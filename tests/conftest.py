@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -18,6 +19,8 @@ from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer
 from test_botserver import APPID, STORY, Caller, idle, im, make_app, poll, said_to, sim  # noqa: F401
 
 HERE = Path(__file__).parent.parent  # the root of the project
+# If the shell that began this ignores Ctrl-C, the programs that tests start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -184,6 +184,7 @@ def test_the_judge_sorts_as_a_client_does():
     assert judge_all([chat], [first, second])["misordered"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["sqlite", "postgres"])
 def test_a_short_campaign_ends_with_zeros(store, request):
     if store == "postgres":

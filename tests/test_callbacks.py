@@ -55,6 +55,7 @@ def test_strange_text_arrives(im):
     assert im.sim.wait(1)[0].text.startswith("You said: ?  \u2028 😀 (")
 
 
+@pytest.mark.slow
 def test_a_question_is_counted_once_however_often_it_is_tried(sim, make_app):
     im = Caller(sim, make_app(rate_limit=1, reply_mode="modify").test_client())
     faults = [60011] * 6
@@ -221,6 +222,7 @@ def test_stops_without_end_do_not_fill_the_store(sim, make_app):
     assert store.stats()["waiting"] == 3
 
 
+@pytest.mark.slow
 def test_im_that_refuses_for_minutes_gets_the_answer_later(sim, make_app, monkeypatch):
     """20004 is a sure refusal: nothing may have arrived, so nothing counts as sent."""
     app = make_app()

@@ -63,9 +63,29 @@ def test_the_ai_can_be_asked_by_command(sim, flask):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["dify", "adp"])
+def test_a_platform_can_be_asked_and_checked_by_command(sim, flask, name):
+    done = flask("ask", "hello", AI_PROVIDER=name)
+    assert done.stdout.strip() == "You said: hello (question 1 of our chat)"
+    done = flask("doctor", AI_PROVIDER=name, AI_SECRET_KEY="wrong")
+    assert done.returncode == 1 and "FAIL AI" in done.stdout
+    assert re.search("code (unauthorized|4505004)", done.stdout)
+    assert "wrong" not in done.stdout
+    assert f"answers: {name} in " in flask("doctor", AI_PROVIDER=name).stdout
+
+
 def test_a_usersig_is_made_by_command(flask):
     sig = flask("usersig", "jared", "--expire", "60").stdout.strip()
     assert check_user_sig(KEY, sig)["TLS.identifier"] == "jared"
+
+
+@pytest.mark.parametrize(
+    "words", ["frobnicate", "retry one", "usersig jared --expire 0", "ask"]
+)
+def test_a_mistyped_command_is_told(flask, words):
+    done = flask(*words.split())
+    assert done.returncode == 2
+    assert "Error: " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_what_failed_is_listed_and_put_back_by_command(sim, flask, tmp_path):
@@ -75,12 +95,73 @@ def test_what_failed_is_listed_and_put_back_by_command(sim, flask, tmp_path):
         sim.say("jared", "@RBT#001", "hello")
         health = f"{bot.url}/healthz"
         poll(lambda: requests.get(health).json()["failed"] == 1)
-        done = flask("failed")
+        done, id = flask("failed"), r"@RBT#001 jared \d+ \d+ \d+"
         assert re.match(r"\d+  \d+ s ago: .*20003", done.stdout)
+        assert re.search(f" message {id} failed: ", bot.log.read_text())
         sim.fault = lambda command, body: None
         assert flask("retry", "99").stdout == "0 put back.\n"
         assert flask("retry", done.stdout.split()[0]).stdout == "1 put back.\n"
         assert sim.wait(1)[0].text == "You said: hello (question 1 of our chat)"
+        assert flask("failed").stdout == "No message was given up.\n"
+    finally:
+        bot.stop()
+
+
+@pytest.fixture
+def bot(sim, tmp_path):
+    bot = BotProcess(sim, str(tmp_path), REPLY_MODE="modify").start()
+    yield bot
+    bot.stop()
+
+
+def test_a_robot_writes_first_and_the_ai_knows_of_it(sim, flask, bot):
+    text = "Your order is on its way. " * 700
+    done = flask("say", "@RBT#001", "jared", text)
+    assert (done.returncode, done.stdout) == (0, "Sent.\n")
+    parts = [message.text for message in sim.wait(3)]
+    assert "".join(parts).split() == text.split() and len(parts) == 3
+    assert flask("say", "@RBT#001", "@TGS#demo", "Good morning").returncode == 0
+    sim.groups["own-id"] = {"jared"}
+    assert flask("say", "@RBT#001", "own-id", "Hi", "--group").returncode == 0
+    told = [(message.chat, message.text) for message in sim.delivered[3:]]
+    assert told == [("@TGS#demo", "Good morning"), ("own-id", "Hi")]
+    assert all(message.closed for message in sim.delivered)
+    assert not sim.ai_requests
+    sim.say("jared", "@RBT#001", "when?")
+    sim.say_in_group("lin", "@TGS#demo", "hello", ["@RBT#001"])
+    sim.wait(7, closed=True)
+    asked = [request["messages"][1:] for request in sim.ai_requests]
+    assert [[turn["role"] for turn in turns] for turns in asked] == [
+        ["assistant", "user"],
+        ["assistant", "user"],
+    ]
+    assert {turns[0]["content"] for turns in asked} == {text, "Good morning"}
+
+
+def test_what_a_robot_cannot_write_is_told_to_the_operator_alone(sim, flask, bot):
+    for robot, to, says in [
+        ("robot", "jared", "starts with @RBT#"),
+        ("@RBT#001", "nobody", "90012"),
+        ("@RBT#009", "jared", "the robot does not exist"),
+        ("@RBT#001", "@TGS#none", "the group does not exist"),
+    ]:
+        done = flask("say", robot, to, "the-text")
+        assert done.returncode == 1 and says in done.stderr
+        assert "Traceback" not in done.stderr
+    sim.fault = lambda command, body: 80001 if "the-text" in str(body) else None
+    done = flask("say", "@RBT#001", "jared", "the-text")
+    assert done.returncode == 1 and "sensitive-word filter" in done.stderr
+    assert not sim.delivered
+    assert flask("failed").stdout.count("\n") == 4
+    assert "the-text" not in bot.log.read_text()
+
+
+def test_what_a_robot_writes_while_no_server_runs_waits(sim, flask, tmp_path):
+    done = flask("say", "@RBT#001", "jared", "later")
+    assert (done.returncode, done.stdout[:9]) == (0, "It waits,")
+    bot = BotProcess(sim, str(tmp_path)).start()
+    try:
+        assert sim.wait(1)[0].text == "later"
     finally:
         bot.stop()
 

@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+import config
 from config import Config, ConfigError, Persona, misspelt
+from conftest import HERE
 from simulator import BotProcess
 
 
@@ -57,12 +59,27 @@ def test_settings_are_read_and_secrets_are_not_shown():
         {"DATABASE": "bot.db", "REDIS_URL": "redis://x"},
     ],
 )
-def test_a_wrong_setting_stops_the_start(sim, tmp_path, settings):
-    bot = BotProcess(sim, str(tmp_path), **settings).launch()
-    assert bot.process.wait(20) != 0
-    log = bot.log.read_text()
-    assert all(name in log for name in settings)
-    assert "Traceback" not in log
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_wrong_setting_stops_the_start_and_is_all_that_is_said(
+    sim, tmp_path, settings, workers
+):
+    bot = BotProcess(sim, str(tmp_path), WEB_CONCURRENCY=workers, **settings).launch()
+    assert bot.wait(20) == 3
+    said = [line for line in bot.log.read_text().splitlines() if line]
+    assert said[0].startswith(("The settings are not complete", "DATABASE_URL"))
+    assert len(said) == (1 if "DATABASE_URL" in settings else len(settings) + 1)
+    assert all(name in "".join(said) for name in settings)
+
+
+def test_a_bot_started_in_another_folder_says_what_is_wrong_or_starts(sim, tmp_path):
+    """gunicorn does not find gunicorn.conf.py there."""
+    bot = BotProcess(sim, str(tmp_path))
+    bot.command[-1:], bot.folder = ["--chdir", str(HERE), bot.command[-1]], tmp_path
+    key, bot.env["IM_KEY"] = bot.env["IM_KEY"], ""
+    assert bot.launch().wait(20) == 3
+    assert "IM_KEY is missing." in bot.log.read_text()
+    bot.env["IM_KEY"] = key
+    bot.start().stop()
 
 
 @pytest.mark.parametrize(
@@ -72,6 +89,8 @@ def test_a_wrong_setting_stops_the_start(sim, tmp_path, settings):
         ('["@RBT#1"]\ncolour = "x"', "unknown key colour"),
         ('["@RBT#1"]\nprovider = "nobody"', "@RBT#1: provider must be one of: minimax"),
         ('["@RBT#1"]\nreply_mode = 5', "@RBT#1: reply_mode must be a text"),
+        ('["@RBT#1"]\nsecret_key_env = "app-key"', "must be the name of a variable"),
+        ('["@RBT#1"]\nbase_url = "dify.local"', "base_url must be an address"),
         ("[", "cannot be read"),
         (None, "is not there"),
     ],
@@ -82,6 +101,51 @@ def test_a_wrong_robots_file_stops_the_start(tmp_path, toml, says):
         file.write_text(toml)
     with pytest.raises(ConfigError, match=re.escape(says)):
         Config.from_env({"ROBOTS": str(file)})
+
+
+TWO_APPS = """
+["@RBT#1"]
+provider = "dify"
+["@RBT#2"]
+provider = "dify"
+base_url = "https://dify.example.com/v1"
+secret_key_env = "AI_SECRET_KEY_SALES"
+["@RBT#3"]
+secret_key_env = "AI_SECRET_KEY_SALES"
+"""
+
+
+def test_each_persona_has_the_key_of_its_own_app(tmp_path):
+    file = tmp_path / "personas.toml"
+    file.write_text(TWO_APPS)
+    env = {**WHOLE, "ROBOTS": str(file), "AI_SECRET_KEY": "main"}
+    with pytest.raises(ConfigError) as caught:
+        Config.from_env(env | {"AI_BASE_URL": "https://here/v1"})
+    for name in ("AI_SECRET_KEY_DIFY", "AI_SECRET_KEY_SALES"):
+        assert f"{name} is missing: the AI service dify needs one." in str(caught.value)
+    keys = {"AI_SECRET_KEY_DIFY": "key one", "AI_SECRET_KEY_SALES": "key two"}
+    ours = Config.from_env(env | keys)
+    asked = [ours.provider(ours.persona(f"@RBT#{n}")) for n in (1, 2, 3, 4)]
+    assert [(p.key, p.url) for p in asked] == [
+        ("key one", "https://api.dify.ai/v1"),
+        ("key two", "https://dify.example.com/v1"),
+        ("key two", "https://api.minimaxi.com/v1"),
+        ("main", "https://api.minimaxi.com/v1"),
+    ]
+    assert "key one" not in repr(ours) and "key two" not in repr(ours)
+    assert misspelt(env | keys) and not misspelt(env | keys, ours.ai_secret_keys)
+
+
+def test_a_service_whose_file_is_gone_is_named(monkeypatch):
+    monkeypatch.setitem(config.SERVICES, "lost", "nowhere:LOST")
+    with pytest.raises(ConfigError, match="lost is nowhere:LOST, which cannot be load"):
+        config.service("lost")
+
+
+def test_a_robots_file_saved_by_windows_notepad_is_read(tmp_path):
+    file = tmp_path / "personas.toml"
+    file.write_text('["@RBT#1"]\nnick = "小明"', "utf-8-sig")
+    assert Config.from_env(WHOLE | PROXY | {"ROBOTS": str(file)}).robots["@RBT#1"].nick
 
 
 WHOLE = {"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"}

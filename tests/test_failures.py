@@ -73,6 +73,7 @@ def test_a_message_that_failed_three_times_is_told_and_closed(
     assert sum(SORRY in m.text for m in sim.delivered) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["sqlite", "postgres"])
 def test_a_pause_of_the_server_costs_nothing_but_time(sim, tmp_path, request, store):
     """Longer than a lease, with questions in work, waiting and on their way."""
@@ -363,8 +364,10 @@ def test_preloading_is_refused_and_loses_nothing(sim, tmp_path):
     try:
         columns(tmp_path, "UPDATE conversation SET due = 0")  # no need to wait
         bot.env["GUNICORN_CMD_ARGS"] = f"{usual} --preload"
-        assert bot.launch().process.wait(40)
-        assert "--preload (preload_app) cannot be used" in bot.log.read_text()
+        before = len(bot.log.read_text())
+        assert bot.launch().wait()
+        [said] = bot.log.read_text()[before:].splitlines()
+        assert "--preload (preload_app) cannot be used" in said
         bot.env["GUNICORN_CMD_ARGS"] = usual
         bot.start()
         sim.wait(20, timeout=30)

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import sqlite3
+import subprocess
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -38,6 +39,7 @@ def test_answers_cut_by_a_crash_end_closed_and_true(tmp_path):
         bot.stop(signal.SIGKILL)
         sim.ai_pace = 0
         assert not any(message.closed for message in sim.delivered)
+        let_claims_lapse(bot.log.with_name("bot.db"))
         bot.start()
         health = f"{bot.url}/healthz"
         poll(lambda: requests.get(health).json()["oldest"] == 0, 30)
@@ -65,6 +67,7 @@ def test_a_stop_reaches_an_answer_in_another_process(tmp_path):
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.slow
 def test_two_processes_answer_each_message_once_and_in_order(tmp_path):
     """500 messages of 100 users, every callback delivered twice."""
     with running(WEB_CONCURRENCY=2) as (sim, bot):
@@ -114,8 +117,9 @@ def start_bot(sim, tmp_path):
     """Return a function that starts the bot as the Procfile does."""
     bots = []
 
-    def start(**settings):
+    def start(*options, before=(), **settings):
         bots.append(BotProcess(sim, str(tmp_path), **{"RATE_LIMIT": 0} | settings))
+        bots[-1].command = [*before, *bots[-1].command, *options]
         return bots[-1].start()
 
     yield start
@@ -145,6 +149,7 @@ def stand(url):
     return requests.get(f"{url}/healthz", timeout=5).json()
 
 
+@pytest.mark.slow
 def test_after_kill_9_all_is_answered_in_30_s_and_a_kept_answer_sent_again(
     sim, start_bot
 ):
@@ -203,6 +208,7 @@ def test_a_message_that_kills_its_process_three_times_is_given_up(
     assert sim.wait(2)[1].text.startswith("You said: harmless")
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_it_can_and_leaves_the_rest_to_the_next(sim, start_bot):
     """It takes what botserver.DRAIN says: the AI needs a minute for one answer."""
     bot, seconds = start_bot(), {"long": 60, "short": 6}
@@ -233,6 +239,23 @@ def test_sigterm_finishes_what_it_can_and_leaves_the_rest_to_the_next(sim, start
     ]
 
 
+def test_as_the_first_process_of_a_container_it_ends_in_order(sim, start_bot):
+    """The Dockerfile starts gunicorn as process 1, for which signals are special."""
+    container = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if subprocess.run([*container, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("unshare may not make a namespace of processes here")
+    bot = start_bot(before=container)
+    sim.ai_delay = 2
+    sim.say("jared", "@RBT#001", "hello")
+    poll(lambda: sim.ai_requests)
+    children = Path(f"/proc/{bot.process.pid}/task/{bot.process.pid}/children")
+    os.kill(int(children.read_text()), signal.SIGTERM)
+    assert bot.wait() == 0
+    assert said_to(sim, "jared") == ["hello"]
+    assert " 0 messages were left to others" in bot.log.read_text()
+
+
+@pytest.mark.slow
 def test_sighup_reloads_without_a_refused_callback(sim, start_bot):
     bot = start_bot(WEB_CONCURRENCY=2, MAX_WAITING=10**6)
     sim.users |= {f"user{n}" for n in range(4)}
@@ -271,6 +294,7 @@ def memory(pid):
     return int(pages) * resource.getpagesize()
 
 
+@pytest.mark.slow
 def test_three_times_too_much_is_acknowledged_quickly_and_worked_off_in_order(
     sim, start_bot
 ):
@@ -335,8 +359,9 @@ def full(path, bot):
 
 @pytest.mark.parametrize("broken", [locked, read_only, full])
 def test_a_store_that_fails_costs_nothing_but_time(
-    sim, make_app, tmp_path, caplog, broken
+    sim, make_app, tmp_path, caplog, monkeypatch, broken
 ):
+    monkeypatch.setattr(botserver, "SAVE_PATIENCE", 1)
     app, path = make_app(), tmp_path / "bot.db"
     im, bot = Caller(sim, app.test_client()), app.extensions["bot"]
     sim.ai_delay = 0.5
@@ -358,6 +383,7 @@ def test_a_store_that_fails_costs_nothing_but_time(
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.slow
 def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_path):
     """At DEBUG, gunicorn too, through successes and failures of every kind."""
     sim.token, sim.ai_key = "the-token-of-callbacks", "the-key-of-the-ai"
@@ -370,12 +396,6 @@ def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_pa
     sim.rest = listen
     loud = {"LOG_LEVEL": "DEBUG", "AI_TIMEOUT": 2}
 
-    def start(**settings):
-        bot = start_bot(**loud | settings)
-        bot.stop()
-        bot.env["GUNICORN_CMD_ARGS"] += " --log-level debug"
-        return bot.start()
-
     def say(text="the-text-of-a-user", wait=1, **fields):
         count = len(sim.delivered)
         event = sim.say("jared", "@RBT#001", text, **fields)
@@ -383,7 +403,7 @@ def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_pa
             sim.wait(count + wait)
         return event
 
-    bot = start()
+    bot = start_bot("--log-level=debug", **loud)
     event = say()
     echo = {"type": "error", "error": {"type": "x", "message": f"no: {sim.ai_key} (2)"}}
     for status in (400, 401, 500):
@@ -421,13 +441,13 @@ def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_pa
         {"IM_API_URL": nowhere, "CATCH_UP": "0"},  # else it would ask there first
         {"IM_KEY": "the-key-that-is-wrong"},
     ):
-        bot = start(**changes)
+        bot = start_bot("--log-level=debug", **loud | changes)
         deaf = "IM_API_URL" in changes or "IM_KEY" in changes
         event = say(wait=not deaf)
         if deaf:
             number = str(event["MsgRandom"])
             log = bot.log
-            poll(lambda log=log, number=number: f"{number}\t" in log.read_text())
+            poll(lambda log=log, number=number: f" {number} " in log.read_text())
         seen.append(requests.get(f"{bot.url}/healthz"))
         bot.stop(signal.SIGKILL if deaf else signal.SIGTERM)
     printed = bot.log.read_text() + "".join(
@@ -440,6 +460,7 @@ def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_pa
     assert not re.search(r"eJ[\w*-]{60}", printed)  # a UserSig of any second
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_for_good_is_replaced_by_another(
     sim, tmp_path, postgres_server
 ):

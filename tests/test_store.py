@@ -349,6 +349,7 @@ kept.close()
 """
 
 
+@pytest.mark.slow
 @and_pgbouncer
 def test_two_processes_of_eight_threads_lose_repeat_and_mix_up_nothing(kept, url):
     """2,000 messages of 40 conversations; claims are forgotten, leases run out."""
@@ -377,7 +378,9 @@ def test_two_processes_of_eight_threads_lose_repeat_and_mix_up_nothing(kept, url
 MAKER = """
 print("ready", flush=True)
 input()
-Kind(sys.argv[1]).add(sys.argv[2], "", {})
+kept = Kind(sys.argv[1])
+kept.add(sys.argv[2], "", {})
+kept.close()
 """
 
 
@@ -497,6 +500,23 @@ def test_progress_is_kept_without_and_beside_a_reply(kept):
     assert (claim.reply, claim.progress) == ("yes", {"sent": 2})
     kept.finish(claim)
     assert texts(kept) == [], "progress must not make the store remember"
+
+
+def test_a_turn_that_begins_with_its_reply_is_remembered_on_request(kept):
+    kept.add("1", "jared", {"n": 1}, reply="unasked", remember=True)
+    kept.add("2", "jared", {"n": 2}, reply="a notice")
+    kept.add("3", "jared", {"n": 3})
+    assert [kept.state(id) for id in ("1", "0")] == ["open", None]
+    for reply in (None, None, "three"):
+        claim = kept.claim()
+        if reply:
+            kept.save_reply(claim, reply, {})
+        kept.finish(claim)
+    assert kept.history("jared", 9) == [({"n": 1}, "unasked"), ({"n": 3}, "three")]
+    assert [kept.state(id) for id in ("1", "2", "3")] == ["done", "gone", "done"]
+    kept.add("4", "jared", {}, reply="unsent", remember=True)
+    kept.fail(kept.claim(), "why")
+    assert kept.state("4") == "failed" and len(kept.history("jared", 9)) == 2
 
 
 def test_history_gives_the_last_turns_oldest_first(kept, monkeypatch):
@@ -1253,6 +1273,17 @@ def test_postgresql_gone_is_an_error_in_time_and_over_when_it_is_back(postgres_s
             put(kept, mode)
         assert kept.add("0", "jared", {}) == KNOWN
         assert kept.load() == (10, 0, 1)
+
+
+def test_what_was_finished_stays_so_if_postgresql_crashes(postgres_server):
+    """While the bot lives on, nobody would know that it was answered."""
+    with closing(open_url(postgres_server.url)) as kept:
+        for number in range(20):
+            put(kept, str(number))
+            answer(kept)
+        postgres_server.stop("immediate")
+        postgres_server.start()
+        assert waiting(kept) == 0
 
 
 def test_a_restart_of_postgresql_is_no_error(postgres_server):

@@ -35,6 +35,38 @@ def test_mentions_are_cut_from_the_text(text, cut):
     assert tim.cut_mentions(text, ["@RBT#001", "Robot"]) == cut
 
 
+def reply(**fields):
+    return json.dumps({"messageReply": fields})
+
+
+@pytest.mark.parametrize(
+    ("data", "quote"),
+    [
+        (reply(messageAbstract=" Bonjour\n", messageSender="lin"), "Bonjour"),
+        (reply(messageAbstract="x" * 501), "x" * 500),
+        (reply(messageAbstract="a\ud800\0b"), "a?b"),
+        (reply(messageAbstract=["x"]), ""),
+        (reply(messageAbstract=None), ""),
+        (reply(), ""),
+        (reply(messageAbstract="x")[:-1], ""),
+        ('{"messageReply": "messageAbstract"}', ""),
+        ('{"messageReply": null}', ""),
+        ('["messageReply"]', ""),
+        ("[" * 100_000, ""),
+        ("1" * 5000, ""),
+        ("null", ""),
+        ("", ""),
+        (None, ""),
+        (5, ""),
+        ({"messageReply": {"messageAbstract": "x"}}, ""),
+    ],
+)
+def test_the_quoted_message_is_read_and_what_is_broken_is_ignored(data, quote):
+    event = c2c_event("jared", "@RBT#001", "hi") | {"CloudCustomData": data}
+    [message] = tim.parse("Bot.OnC2CMessage", event)
+    assert (message.text, message.quote) == ("hi", quote)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
