@@ -457,7 +457,7 @@ class Bot:
 
     def _is_absent(self, job: Job, part: int) -> bool:
         """Return whether Tencent's history surely lacks a part of an answer."""
-        if part < 0 or job.message.topic or not self.missed:
+        if part < 0 or not self.missed:
             return False  # nobody knows
         found = self.missed.is_absent(job.message, job.work.claim.seq, part + 1)
         return bool(found)
