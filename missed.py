@@ -186,7 +186,10 @@ class Missed:
         self.window = {"id": id, "since": since, "at": now}
         self.store.put("missed", self.window)
         job = Message(id, "", "", "", kind="missed", sent=since)
-        if self.store.add(job.id, "missed", job.data(), sent=now) == Added.NEW:
+        if (
+            self.store.add(job.id, "missed", job.data(), reply="", sent=now)
+            == Added.NEW
+        ):
             logger.info("callbacks may have failed in the last %.0f s", now - since)
 
     def guard(self, message: Message, conversation: str) -> bool:
@@ -205,11 +208,28 @@ class Missed:
         state = self.store.state(id)
         if state is None:
             task = replace(chat, id=id, text="", images=(), kind="missed", sent=since)
-            self.store.add(id, conversation, task.data())
+            self.store.add(id, conversation, task.data(), reply="")
         return state in (None, "open")
 
-    def run(self, work: InFlight, message: Message) -> None:
-        """Do a job or a task."""
+    def comes_first(self, work: InFlight, message: Message) -> bool:
+        """Do a job or a task, or put a message back that one has to come before."""
+        claim = work.claim
+        if message.kind == "missed" and not claim.spent:
+            self._run(work, message)
+        elif message.kind == "missed":
+            self.workers.when_store_works(self.store.finish, claim)
+        elif (
+            claim.reply is None
+            and not claim.progress
+            and self.guard(message, claim.conversation)
+        ):
+            self.store.release(claim, 0.0)
+            self.workers.wake()
+        else:
+            return False
+        return True
+
+    def _run(self, work: InFlight, message: Message) -> None:
         claim = work.claim
         if message.robot and (delay := self.history.delay()):
             return self.store.release(claim, delay)
@@ -289,6 +309,8 @@ class Missed:
     def is_absent(self, message: Message, order: int, part: int) -> bool:
         """Return whether Tencent surely does not have a part of an answer: it lists the
         question and not this part. Raises IMError if it may say so later."""
+        if part < 1 or message.topic:
+            return False  # nobody knows
         _, chance = tim.numbers(message.id, order, part)
         asked = message.id.split("\t")[-3:-1]
         with self._or_warning("\tanswers"):
