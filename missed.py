@@ -140,17 +140,14 @@ class Missed:
         self.window: Json | None = None  # that is open: its id, since when, opened at
         self._well_at = time.time()  # when this process was last well
         self._young_until = 0.0  # if this process was the first of its server
-        self._lock = threading.Lock()  # held during a beat
         self._warned: set[str] = set()  # of which a refusal was logged
         workers.beat = self.beat
 
     def beat(self) -> None:
         """Note that this server is well; open a window if callbacks may have failed."""
-        with self._lock:
-            if not self.workers.draining:
-                self._beat(server_name(), time.time())
-
-    def _beat(self, server: str, now: float) -> None:
+        if self.workers.draining:
+            return
+        server, now = server_name(), time.time()
         well, last = self.store.get("well") or {}, self.store.get("missed") or {}
         is_open = last and self.store.state(last["id"]) in (None, "open")
         first, self.window = self.window is None, last if is_open else {}
@@ -182,14 +179,11 @@ class Missed:
         since = int(max(min(silent), now - self.config.catch_up))
         if self.window:
             since = min(since, self.window["since"])
-        id = f"missed\t{max(silent)}"
-        self.window = {"id": id, "since": since, "at": now}
+        job = Message(f"missed\t{max(silent)}", "", "", "", kind="missed", sent=since)
+        self.window = {"id": job.id, "since": since, "at": now}
         self.store.put("missed", self.window)
-        job = Message(id, "", "", "", kind="missed", sent=since)
-        if (
-            self.store.add(job.id, "missed", job.data(), reply="", sent=now)
-            == Added.NEW
-        ):
+        added = self.workers.add(job.id, "missed", job.data(), reply="", sent=now)
+        if added == Added.NEW:
             logger.info("callbacks may have failed in the last %.0f s", now - since)
 
     def guard(self, message: Message, conversation: str) -> bool:
@@ -208,7 +202,7 @@ class Missed:
         state = self.store.state(id)
         if state is None:
             task = replace(chat, id=id, text="", images=(), kind="missed", sent=since)
-            self.store.add(id, conversation, task.data(), reply="")
+            self.workers.add(id, conversation, task.data(), reply="")
         return state in (None, "open")
 
     def comes_first(self, work: InFlight, message: Message) -> bool:
@@ -277,7 +271,6 @@ class Missed:
             chat = Message("", robot, user, "", group)
             key = chat.conversation(self.config.group_memory == "member")
             if self._add_task(window, chat, key):
-                self.workers.wake()
                 time.sleep(1 / RATE)
 
     def _look_up(self, task: Message) -> None:
