@@ -14,6 +14,7 @@ from config import SERVICES, Config
 from conftest import HERE, poll
 from simulator import BotProcess
 from simulator.ai import sse
+from test_options import OPTIONS
 from test_providers import ASKED
 
 READMES = [HERE / "README.md", HERE / "README.zh-CN.md"]
@@ -22,7 +23,7 @@ OPERATIONS = [HERE / "docs/operations.md", HERE / "docs/operations.zh-CN.md"]
 PLATFORMS = [HERE / "docs/services.md", HERE / "docs/services.zh-CN.md"]
 PAGES = [*READMES, *SETTINGS, *OPERATIONS, *PLATFORMS]
 SHIPPED = {*ASKED, "minimax-completion", "openai-compatible", "echo", "dify", "adp"}
-OPTIONAL = ["growing.py", "postgres.py", "cli.py", "agents.py", "version1.py"]
+OPTIONAL = [f"{name}.py" for name in OPTIONS]
 
 
 def name(page):
