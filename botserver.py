@@ -26,7 +26,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import click
-from flask import Flask, Response, request
+from flask import Flask, request
 from werkzeug.exceptions import HTTPException
 
 import commands
@@ -208,7 +208,8 @@ class Bot:
             partial(self._save, work, None),
             self.texts["replaced"],
         )
-        scope = CancelScope(self.config.ai_timeout)
+        trace = tim.numbers(message.id, work.claim.seq, 0)[1]
+        scope = CancelScope(self.config.ai_timeout, str(trace))
         work.cancel, work.tick = scope.cancel, partial(self._keep_alive, reply)
         return Job(work, message, scope, progress, reply)
 
@@ -436,16 +437,6 @@ def add_routes(app: Flask, bot: Bot) -> None:
             logger.warning("no health: %s", error)
             return {"status": "the store does not work"}, 503
 
-    @app.after_request
-    def read_rest(answer: Response) -> Response:
-        """Read a body to its end, or the connection would be of no use afterwards."""
-        if request.environ.get("wsgi.input_terminated"):
-            with suppress(Exception):  # it is broken, and gunicorn closes
-                for _ in range(0, LARGEST_REST, PIECE):
-                    if not request.environ["wsgi.input"].read(PIECE):
-                        break
-        return answer
-
     @app.errorhandler(HTTPException)
     def refused(error: HTTPException) -> tuple[Json, int]:
         return refuse(error.code or 500, error.description or error.name)
@@ -465,7 +456,17 @@ def refuse(status: int, why: str) -> tuple[Json, int]:
     """Return an error in Tencent's shape."""
     if request.path == "/im":
         logger.warning("callback refused with %d: %s", status, why)
+    read_rest()
     return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
+
+
+def read_rest() -> None:
+    """Read a body to its end, or the connection would be of no use afterwards."""
+    if request.environ.get("wsgi.input_terminated"):
+        with suppress(Exception):  # it is broken, and gunicorn closes
+            for _ in range(0, LARGEST_REST, PIECE):
+                if not request.environ["wsgi.input"].read(PIECE):
+                    break
 
 
 def set_up_logging(level: str) -> None:

@@ -344,9 +344,10 @@ class Client:
                     raise
 
     def _post(self, command: str, data: bytes) -> Json:
+        # A UserSig needs no quoting, and urllib3 goes byte by byte where it finds a %.
         url = (
             f"{self.url}/v4/{command}?sdkappid={self.sdkappid}&contenttype=json"
-            f"&identifier={quote(self.admin)}&usersig={quote(self._user_sig())}"
+            f"&identifier={quote(self.admin)}&usersig={self._user_sig()}"
             f"&random={random.getrandbits(32)}"
         )
         limits = (CONNECT_TIMEOUT, CALL_TIMEOUT)
