@@ -16,6 +16,7 @@ import atexit
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -453,25 +454,32 @@ def read_body() -> bytes:
 
 
 def refuse(status: int, why: str) -> tuple[Json, int]:
-    """Return an error in Tencent's shape."""
+    """Return an error in Tencent's shape.
+
+    What was not read of the body is read, or the connection would be of no use.
+    """
     if request.path == "/im":
         logger.warning("callback refused with %d: %s", status, why)
-    read_rest()
-    return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
-
-
-def read_rest() -> None:
-    """Read a body to its end, or the connection would be of no use afterwards."""
     if request.environ.get("wsgi.input_terminated"):
         with suppress(Exception):  # it is broken, and gunicorn closes
             for _ in range(0, LARGEST_REST, PIECE):
                 if not request.environ["wsgi.input"].read(PIECE):
                     break
+    return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
 
 
 def set_up_logging(level: str) -> None:
     """Log to standard output, without what holds a signature or a text."""
+    handler = logging.StreamHandler(sys.stdout)
     line = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    logging.basicConfig(level=level, format=line, stream=sys.stdout)
+    handler.setFormatter(LineFormatter(line))
+    logging.basicConfig(level=level, handlers=[handler])
     for name in ("urllib3", "werkzeug"):  # they log URLs, with UserSig and Sign
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class LineFormatter(logging.Formatter):
+    """Shows the parts of a message's id, which tabs separate, with spaces."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return re.sub("\t+", " ", super().format(record))
