@@ -124,9 +124,9 @@ class Workers:
     def _run(self) -> None:
         """Be a thread of the pool."""
         while not self.draining:
+            self._wake_ups.get()
             while claim := self._claim():
                 self._work(claim)
-            self._wake_ups.get()
 
     def _claim(self) -> Claim | None:
         if self.draining or self._store_down or not self._may_claim():
