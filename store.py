@@ -33,7 +33,6 @@ LEASE = 12.0  # seconds a claim lasts; Tencent closes a silent stream after 15
 LONGEST_DELAY = 120.0  # seconds; what is due later was written before a clock step
 MAX_ATTEMPTS = 3  # claims that may end without a word before a message is failed
 MINUTE = 60  # seconds over which add's `rate` counts
-HISTORY_LIMIT = 50  # messages of one conversation that history returns at the most
 NO_LIMIT = 2**31 - 1
 BATCH = 500  # messages deleted in one transaction
 BUSY_TIMEOUT = 1.5  # seconds to wait for a locked file; Tencent waits 2 for an answer
@@ -225,10 +224,9 @@ class Store:
         return bool(self._write("cancel", {"conversation": storable(conversation)}))
 
     def history(self, conversation: str, limit: int) -> list[tuple[Data, str]]:
-        """Return the last remembered (data, reply) pairs, oldest first: `limit` at the
-        most, and HISTORY_LIMIT."""
-        values = {"conversation": storable(conversation)}
-        rows = self._read("history", values | {"limit": min(limit, HISTORY_LIMIT)})
+        """Return the last `limit` remembered (data, reply) pairs, oldest first."""
+        values = {"conversation": storable(conversation), "limit": limit}
+        rows = self._read("history", values)
         turns = [(_load(data), _load(reply)) for data, reply in reversed(rows)]
         return [(data, reply) for data, reply in turns if data and reply]
 
