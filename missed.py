@@ -208,19 +208,14 @@ class Missed:
     def comes_first(self, work: InFlight, message: Message) -> bool:
         """Do a job or a task, or put a message back that one has to come before."""
         claim = work.claim
-        if message.kind == "missed" and not claim.spent:
+        if message.kind == "missed":
             self._run(work, message)
-        elif message.kind == "missed":
-            self.workers.when_store_works(self.store.finish, claim)
-        elif (
-            claim.reply is None
-            and not claim.progress
-            and self.guard(message, claim.conversation)
-        ):
-            self.store.release(claim, 0.0)
-            self.workers.wake()
-        else:
+            return True
+        begun = claim.reply is not None or claim.progress
+        if begun or not self.guard(message, claim.conversation):
             return False
+        self.store.release(claim, 0.0)
+        self.workers.wake()
         return True
 
     def _run(self, work: InFlight, message: Message) -> None:
@@ -229,7 +224,9 @@ class Missed:
             return self.store.release(claim, delay)
         try:
             with self._or_warning(message.id):
-                if message.robot:
+                if claim.spent:
+                    logger.warning("%s is given up", claim.id)
+                elif message.robot:
                     self._look_up(message)
                 elif self._is_last(message.id):
                     self._list(work, message)
