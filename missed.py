@@ -228,6 +228,8 @@ class Missed:
                     logger.warning("%s is given up", claim.id)
                 elif message.robot:
                     self._look_up(message)
+                    # Clients sort what one second brings by MsgSeq, which is made of seq.
+                    self.store.renumber(claim)
                 elif self._is_last(message.id):
                     self._list(work, message)
         except IMError as error:
