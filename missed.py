@@ -228,7 +228,7 @@ class Missed:
                     logger.warning("%s is given up", claim.id)
                 elif message.robot:
                     self._look_up(message)
-                    # Clients sort what one second brings by MsgSeq, which is made of seq.
+                    # Clients sort a second's answers by MsgSeq, which is made of seq.
                     self.store.renumber(claim)
                 elif self._is_last(message.id):
                     self._list(work, message)
