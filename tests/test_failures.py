@@ -408,7 +408,7 @@ def test_what_failed_is_named_by_numbers_that_can_be_pasted(tmp_path, monkeypatc
     commands = {command.name: command for command in cli.COMMANDS}
     told = CliRunner().invoke(commands["failed"]).output.splitlines()
     assert len(told) == 101 and told[-1] == "and 3 more"
-    assert all(re.fullmatch(r"\d+  \d+ s ago: .+: no", line) for line in told[:-1])
+    assert all(re.fullmatch(r"\d+  \d+ s ago: no", line) for line in told[:-1])
     done = CliRunner().invoke(commands["retry"], told[0].split()[0])
     assert done.output == "1 put back.\n"
     with closing(SQLiteStore(url)) as store:
