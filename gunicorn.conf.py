@@ -40,9 +40,11 @@ def nworkers_changed(server: Any, new: int, old: int | None) -> None:
 def post_worker_init(worker: Any) -> None:
     """Claim no more messages at SIGTERM, not seconds later when the worker exits."""
     before: Any = signal.getsignal(signal.SIGTERM)
+    bot = getattr(worker.wsgi, "extensions", {}).get("bot")
 
     def leave(number: int, frame: Any) -> None:
-        worker.wsgi.extensions["bot"].workers.draining = True
+        bot.workers.draining = True
         before(number, frame)
 
-    signal.signal(signal.SIGTERM, leave)
+    if bot:  # else it is another app, or wrapped in one
+        signal.signal(signal.SIGTERM, leave)
