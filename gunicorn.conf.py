@@ -40,7 +40,7 @@ def nworkers_changed(server: Any, new: int, old: int | None) -> None:
 def post_worker_init(worker: Any) -> None:
     """Claim no more messages at SIGTERM, not seconds later when the worker exits."""
     before: Any = signal.getsignal(signal.SIGTERM)
-    bot = getattr(worker.wsgi, "extensions", {}).get("bot")
+    bot: Any = getattr(worker.wsgi, "extensions", {}).get("bot")
 
     def leave(number: int, frame: Any) -> None:
         bot.workers.draining = True

@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import tim
@@ -29,7 +28,7 @@ from tim import IMError, Json, Message
 from workers import InFlight, LeaseLost, Workers
 
 GAP = 5.0  # seconds without a beat, after which this server was not well
-OTHERS_GAP = 1.5  # the same for others, when a server starts: in the place of one?
+OTHERS_GAP = 1.5  # the same for another, in whose place this one may have started
 AWAY = 600.0  # seconds after which a silent server is not expected back
 MARGIN = 10  # seconds by which clocks may differ
 RATE = 10  # calls a second of one process, and tasks a second, at the most
@@ -139,7 +138,7 @@ class Missed:
         self.refused_at = 0.0  # when this process last refused a callback
         self.window: Json | None = None  # that is open: its id, since when, opened at
         self._well_at = time.time()  # when this process was last well
-        self._young_until = 0.0  # if this process was the first of its server
+        self._began = 0.0  # when this process found that its server had begun
         self._warned: set[str] = set()  # of which a refusal was logged
         workers.beat = self.beat
 
@@ -155,8 +154,8 @@ class Missed:
         if first and not silent and well.keys() - {server}:
             self.workers.hold(OTHERS_GAP)  # until it is clear whether others are well
         if self.refused_at > max(self._well_at, last.get("at", 0.0)):
-            if is_open or self.workers.backlog > self.config.max_backlog / 2:
-                return  # later, when it is calm
+            if is_open or not self._is_calm():
+                return  # later
             silent.append(self._well_at)
         if silent:
             self._open(silent, now)
@@ -164,15 +163,17 @@ class Missed:
         self.store.put("well", well | {server: now})
         self._well_at = now
 
+    def _is_calm(self) -> bool:
+        return self.workers.backlog <= self.config.max_backlog / 2
+
     def _silent(self, server: str, well: dict[str, float], now: float) -> list[float]:
-        """Return since when servers were silent that have to be looked back for: this
-        one, and at its start, or if it was silent itself, all others."""
-        if server not in well:
-            self._young_until = now + GAP
-        if now >= self._young_until and now - well[server] <= GAP:
+        """Return when the servers were last well that have to be looked back for: this
+        one, and those that were gone when it started. Others will return."""
+        if now - well.get(server, 0.0) > GAP:
+            self._began = now  # it starts, or wakes up
+        if now > self._began + GAP:
             return []
-        gaps = dict.fromkeys(well, OTHERS_GAP) | {server: GAP}
-        return [at for name, at in well.items() if now - at > gaps[name]]
+        return [at for at in well.values() if at < min(self._began, now - OTHERS_GAP)]
 
     def _open(self, silent: list[float], now: float) -> None:
         """Open a window that begins at the first of these times."""
@@ -188,7 +189,7 @@ class Missed:
 
     def guard(self, message: Message, conversation: str) -> bool:
         """Return whether a conversation has to be looked up before it goes on."""
-        refused = self.refused_at > self._well_at
+        refused = self.refused_at > self._well_at and self._is_calm()
         if self.window is None or refused and not self.window:
             self.beat()
         if not self.window or message.topic:
@@ -201,7 +202,8 @@ class Missed:
         id, since = f"{window['id']}\t{conversation}", window["since"]
         state = self.store.state(id)
         if state is None:
-            task = replace(chat, id=id, text="", images=(), kind="missed", sent=since)
+            place = (chat.robot, chat.user, "", chat.group)
+            task = Message(id, *place, kind="missed", sent=since)
             self.workers.add(id, conversation, task.data(), reply="")
         return state in (None, "open")
 
@@ -278,11 +280,15 @@ class Missed:
         for item in self.history.messages(task, int(task.sent) - MARGIN):
             with suppress(tim.BadEvent):
                 found += self._read(item, task)
-        known = [message for message in found if self.store.state(message.id)]
+        known = {
+            message.id: message.sent
+            for message in found
+            if self.store.state(message.id)
+        }
         # One that was overtaken before the window began was not missed in it.
-        well = max((m.sent for m in known if m.sent < task.sent), default=0.0)
+        well = max((sent for sent in known.values() if sent < task.sent), default=0.0)
         for message in found:
-            if message not in known and message.sent > well:
+            if message.id not in known and message.sent > well:
                 self._accept(message)
 
     def _read(self, item: Json, task: Message) -> list[Message]:
@@ -318,7 +324,7 @@ class Missed:
         history, now = History(im), int(time.time())
         try:
             for robot in im.robots():
-                for user, group in [*history.conversations(robot, 0)]:
+                for user, group in history.conversations(robot, 0):
                     if not group:
                         history.messages(Message("", robot, user, ""), now)
                         return "what is missed can be looked up"
