@@ -158,7 +158,7 @@ class Missed:
         if first and not silent and well.keys() - {server}:
             self.workers.hold(OTHERS_GAP)  # until it is clear whether others are well
         if self.refused_at > max(self._well_at, last.get("at", 0.0)):
-            if is_open or self.workers.backlog > self.config.max_backlog / 2:
+            if self.workers.backlog > self.config.max_backlog / 2:
                 return  # later, when it is calm
             silent.append(self._well_at)
         if silent:
@@ -217,7 +217,7 @@ class Missed:
             with self._or_warning(message.id):
                 if message.robot:
                     self._look_up(message)
-                    # Clients sort what one second brings by MsgSeq, which is made of seq.
+                    # Clients sort a second by MsgSeq, which is made of seq.
                     self.store.renumber(claim)
                 elif self._is_last(message.id):
                     self._list(work, message)
