@@ -154,7 +154,7 @@ class Missed:
         if first and not silent and well.keys() - {server}:
             self.workers.hold(OTHERS_GAP)  # until it is clear whether others are well
         if self.refused_at > max(self._well_at, last.get("at", 0.0)):
-            if is_open or not self._is_calm():
+            if not self._is_calm():
                 return  # later
             silent.append(self._well_at)
         if silent:
@@ -230,7 +230,7 @@ class Missed:
                     logger.warning("%s is given up", claim.id)
                 elif message.robot:
                     self._look_up(message)
-                    # Clients sort a second's answers by MsgSeq, which is made of seq.
+                    # Clients sort a second by MsgSeq, which is made of seq.
                     self.store.renumber(claim)
                 elif self._is_last(message.id):
                     self._list(work, message)

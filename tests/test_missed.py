@@ -310,6 +310,31 @@ def test_a_refused_callback_is_answered_before_the_next(sim, bots, tmp_path):
     assert texts[:2] == ["before", "refused"] and {*texts[2:]} == {"after"}
 
 
+def test_a_callback_that_is_refused_while_a_window_is_open_is_not_overtaken(
+    stopped, monkeypatch, tmp_path
+):
+    sim, listed = stopped.sim, threading.Event()
+    conversations = missed.History.conversations
+
+    def wait(*about):
+        assert listed.wait(10)
+        yield from conversations(*about)
+
+    monkeypatch.setattr(missed.History, "conversations", wait)
+    im = Caller(sim, stopped.make_app(rate_limit=0).test_client())
+    assert im.say("looked up").status_code == 200
+    sim.wait(2)
+    with locked(tmp_path / "bot.db"):
+        assert im.say("refused").status_code == 503
+    poll(lambda: im.say("after").status_code == 200)
+    sim.wait(4)
+    listed.set()
+    poll(lambda: idle(im))
+    texts = said_to(sim, "jared")
+    assert texts[:3] == ["before", "looked up", "refused"]
+    assert {*texts[3:]} == {"after"}
+
+
 def test_what_was_shed_by_a_full_backlog_is_looked_up_when_it_is_calm(sim, bots):
     bots.start(max_backlog=4, rate_limit=0)
     sim.ai_delay = 1
