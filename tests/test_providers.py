@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from requests.structures import CaseInsensitiveDict
 
 import providers
-from config import SERVICES, service
+from config import SERVICES, load
 from conftest import (
     AI_KEY,
     ANSWER,
@@ -57,7 +57,7 @@ def ai_service(*bodies, name="openai", status=200, key=AI_KEY, headers=None, **f
         return nullcontext(SimpleNamespace(status_code=status, headers=head, raw=raw))
 
     session = SimpleNamespace(post=post)
-    return Provider(service(name), key, session=session, **fields), tries
+    return Provider(load(SERVICES, name), key, session=session, **fields), tries
 
 
 def ai_texts(*bodies, seconds=20.0, interval=OFTEN, **options):
