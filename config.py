@@ -36,8 +36,10 @@ STORES = {  # the scheme of DATABASE_URL -> where messages wait
 }
 SERVICES: dict[str, Service | str] = {  # AI_PROVIDER -> a service, or where it is
     **PROVIDERS,
-    "dify": "agents:DIFY",
-    "adp": "agents:ADP",
+    "dify": "services:DIFY",
+    "adp": "services:ADP",
+    "zhipu": "services:ZHIPU",
+    "minimax-completion": "services:MINIMAX_COMPLETION",
 }
 COMMAND_LINE = [  # what `flask --app botserver` can do besides `run`
     "cli:COMMANDS",
@@ -243,14 +245,12 @@ class Config:
                 "budget. Set ALLOW_UNSIGNED=1 if that is what you want."
             )
         for persona in {Persona(), *self.robots.values()}:
-            provider, name = (
-                self.provider(persona),
-                persona.provider or self.ai_provider,
-            )
-            if not provider.key and not provider.service.keyless:
+            name = persona.provider or self.ai_provider
+            ai = self.provider(persona)
+            if not ai.key and not ai.service.keyless:
                 setting = self._key_setting(persona)
                 wrong.append(f"{setting} is missing: the AI service {name} needs one.")
-            if not provider.url and not provider.service.ask:
+            if not ai.url and not ai.service.ask:
                 wrong.append(f"AI_BASE_URL is missing: {name} has no address itself.")
         return sorted({*wrong})
 
@@ -263,17 +263,13 @@ class Config:
         name = persona.provider or self.ai_provider
         service: Service = load(SERVICES, name)
         keys = {"AI_SECRET_KEY": self.ai_secret_key} | self.ai_secret_keys
-        key, url, model = (
-            keys.get(self._key_setting(persona)),
-            persona.base_url,
-            persona.model,
-        )
-        extra = {}
+        key = keys.get(self._key_setting(persona), "")
+        url, model, extra = persona.base_url, persona.model, {}
         if name == self.ai_provider:
             url, model = url or self.ai_base_url, model or self.ai_model
             extra = self.ai_extra_body
         session = Session(url or service.url, self.worker_threads)
-        return Provider(service, key or "", url, model, extra, session)
+        return Provider(service, key, url, model, extra, session)
 
     def _key_setting(self, persona: Persona) -> str:
         """Return the variable that holds the key of a persona's AI service."""

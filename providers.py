@@ -19,13 +19,12 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import count
 from typing import Any
 
-import jwt
 import requests
 from urllib3.exceptions import HTTPError
 
@@ -55,8 +54,7 @@ class ProviderError(Exception):
 
     def __init__(self, kind: str, details: str, wait: float | None = None) -> None:
         super().__init__(details)
-        self.kind, self.retry = kind, kind in TRIES
-        self.wait = wait  # seconds, from Retry-After
+        self.kind, self.wait = kind, wait  # seconds, from Retry-After
 
 
 def kinds(**codes: str) -> dict[str, str]:
@@ -81,29 +79,7 @@ MINIMAX = kinds(  # https://platform.minimax.io/docs/api-reference/errorcode
     quota="1008 1028 1030 2054 2056 2061",
     setup="1004 1042 1043 1044 2013 2037 2038 2039 2042 2048 2049 20132",
 )
-ZHIPU = kinds(  # https://docs.bigmodel.cn/cn/api/api-code
-    busy="500 1120 1234 1302 1303 1305 1312",
-    once="1003 1230",
-    filter="1300 1301",
-    quota="1113 1304 1308 1309 1310 1311 1313",
-    long="1261",
-    setup="1000 1001 1002 1004 1100 1110 1111 1112 1121 1200 1210 1211 1212 1213 1214 "
-    "1215 1220 1221 1222 1231",
-)
 TRACES = ("trace-id", "minimax-request-id", "x-mm-request-id", "x-request-id")
-
-
-@contextmanager
-def _as_provider_errors() -> Iterator[None]:
-    """Turn what ends a call into the ProviderError that it means."""
-    try:
-        yield
-    except CallEnded as error:
-        raise ProviderError(error.reason, "no whole answer in time") from None
-    except (OSError, HTTPError, ValueError, RecursionError) as error:
-        kind = "setup" if isinstance(error, ValueError) else "busy"
-        name = type(error).__name__  # its text may hold the key
-        raise ProviderError(kind, f"no connection, or cut: {name}") from None
 
 
 @dataclass(frozen=True)
@@ -161,19 +137,25 @@ class Provider:
         own = [memory or new_memory("operator")] if self.service.remembers else []
         for tried in count(1):
             try:
-                with _as_provider_errors():
-                    answer = ask(self, messages, scope, update_interval, *own)
-                    for text in filter(str.strip, answer):
-                        yield text
+                answer = ask(self, messages, scope, update_interval, *own)
+                for text in filter(str.strip, answer):
+                    yield text
                 if text:
                     return
-                raise ProviderError("empty", "the answer holds no text")
+                failure = ProviderError("empty", "the answer holds no text")
             except ProviderError as error:
-                delay = error.wait or 2 ** (tried - 2) * random.uniform(0.75, 1)
-                too_late = delay > min(LONGEST_WAIT, scope.remaining())
-                if text or too_late or tried >= TRIES.get(error.kind, 1):
-                    raise
-                scope.cancelled.wait(delay)
+                failure = error
+            except CallEnded as error:
+                failure = ProviderError(error.reason, "no whole answer in time")
+            except (OSError, HTTPError, ValueError, RecursionError) as error:
+                kind = "setup" if isinstance(error, ValueError) else "busy"
+                name = type(error).__name__  # its text may hold the key
+                failure = ProviderError(kind, f"no connection, or cut: {name}")
+            delay = failure.wait or 2 ** (tried - 2) * random.uniform(0.75, 1)
+            too_late = delay > min(LONGEST_WAIT, scope.remaining())
+            if text or too_late or tried >= TRIES.get(failure.kind, 1):
+                raise failure from None
+            scope.cancelled.wait(delay)
 
     def body(self, **fields: Any) -> Json:
         """Return a request's body; a null in an extra takes a field out."""
@@ -262,17 +244,16 @@ class Provider:
                     told = event if event.get("error") else read(event, parts)
                     if isinstance(told, dict):
                         raise self.error(event, response)
-                    finish = told
+                    if finish := told:
+                        break
                 elif update_interval and time.monotonic() >= due:
                     so_far = without_thinking("".join(parts), final=False)
                     if so_far != shown:
                         yield so_far
                         shown, due = so_far, time.monotonic() + update_interval
-                if finish:
-                    break
-            if finish in NAMES or not finish:
-                kind, why = NAMES.get(finish, "busy"), finish or "no finish_reason"
-                raise ProviderError(kind, f"the answer ended with {why}")
+            if not finish or finish in NAMES:
+                why = f"the answer ended with {finish or 'no finish_reason'}"
+                raise ProviderError(NAMES.get(finish, "busy"), why)
         except Exception as error:
             failure = error
         scope.ended, answer = True, without_thinking("".join(parts))
@@ -286,10 +267,12 @@ class Provider:
 
 def openai_event(event: Json, parts: list[str]) -> str | Json:
     """Add to `parts` the text of an event, and return its finish_reason."""
-    if find_error(event):
-        return event
-    choices = event.get("choices")
-    choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
+    choice: Json = {}
+    match event:
+        case _ if find_error(event):
+            return event
+        case {"choices": [dict(choice), *_]}:
+            pass
     if whole := _text(choice.get("message")) or _text(event.get("reply")):
         parts.clear()
     parts.append(whole or _text(choice.get("delta")))
@@ -319,19 +302,20 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def _dict(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
 def find_error(body: Json) -> Json:
     """Return the part of a body that tells of an error, nothing if there is none."""
-    error, base = body.get("error"), _dict(body.get("base_resp"))
-    if error:
-        return error if isinstance(error, dict) else {**body, "message": error}
-    if str(base.get("status_code") or 0) != "0":
-        return {"code": base["status_code"], "message": base.get("status_msg")}
-    odd = "choices" not in body and ("message" in body or "code" in body)
-    return body if odd else {}
+    match body:
+        case {"error": dict(error)} if error:
+            return error
+        case {"error": error} if error:
+            return {**body, "message": error}
+        case {"base_resp": {"status_code": code, **base}} if str(code or 0) != "0":
+            return {"code": code, "message": base.get("status_msg")}
+        case {"choices": _}:
+            return {}
+        case {"message": _} | {"code": _}:
+            return body
+    return {}
 
 
 def _text(said: Any) -> str:
@@ -430,24 +414,6 @@ def openai_chat(
     return provider.complete("/chat/completions", body, scope, update_interval)
 
 
-def minimax_completion(
-    provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
-) -> Texts:
-    """Ask as Tencent's tutorial does: MiniMax's old endpoint, a prompt in, a reply out.
-
-    https://www.tencentcloud.com/document/product/1047/54925
-    """
-    try:  # an old key is a JWT that names its group; reading it decides nothing
-        claims = jwt.decode(provider.key, options={"verify_signature": False})
-    except jwt.PyJWTError:
-        claims = {}
-    group = claims.get("GroupID") or claims.get("group_id")
-    path = f"/text/completion?GroupId={group}" if group else "/text/completion"
-    prompt = as_text(messages) + ("\nassistant:" if messages[1:] else "")
-    body = provider.body(prompt=prompt)
-    return provider.complete(path, body, scope, update_interval)
-
-
 def echo(
     provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
 ) -> Texts:
@@ -475,23 +441,6 @@ def new_memory(user: str) -> Json:
     return {"session": os.urandom(16).hex(), "user": user}
 
 
-def zhipu_token(key: str) -> str:
-    """Return a fresh token made from Zhipu's id.secret key, or another key as it is.
-
-    Both times are in milliseconds, unlike a usual JWT's.
-    https://docs.bigmodel.cn/cn/guide/develop/http/introduction
-    """
-    name, dot, secret = key.partition(".")
-    if not dot or "." in secret:
-        return key
-    now = time.time_ns() // 10**6
-    return jwt.encode(
-        {"api_key": name, "exp": now + 300_000, "timestamp": now},
-        secret.encode().ljust(32, b"\0"),  # the same to HMAC, and long enough for PyJWT
-        headers={"sign_type": "SIGN"},
-    )
-
-
 # How a service is told not to think before it answers.
 OFF: Json = {"thinking": {"type": "disabled"}}
 QWEN_OFF: Json = {"enable_thinking": False}
@@ -502,16 +451,6 @@ CAP = "max_completion_tokens"
 PROVIDERS = {
     "minimax": Service(
         "https://api.minimaxi.com/v1", "MiniMax-M3", OFF, MINIMAX, cap=CAP, images=True
-    ),
-    "minimax-completion": Service(
-        "https://api.minimax.chat/v1",
-        "abab5-completion",
-        codes=MINIMAX,
-        cap="tokens_to_generate",
-        ask=minimax_completion,
-    ),
-    "zhipu": Service(
-        "https://open.bigmodel.cn/api/paas/v4", "glm-4.7-flash", OFF, ZHIPU, zhipu_token
     ),
     "deepseek": Service("https://api.deepseek.com", "deepseek-flash", OFF),
     "qwen": Service(

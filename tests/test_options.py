@@ -16,7 +16,7 @@ OPTIONS = {
     "growing": "modify or custom or stream or button or card",
     "postgres": "postgres",
     "cli": "command_line",
-    "agents": "dify or adp",
+    "services": "dify or adp",
 }
 SOME = "answered_one_to_one or mentioned_in_a_group or without_the_ai"
 
