@@ -72,16 +72,16 @@ class EditedReply(GrowingReply):
 
     def close(self, text: str, failed: bool = False) -> None:
         parts = self._split(text)
-        shown = "closed" in self.progress or self._finish(parts[0], failed)
-        if shown:
-            self.progress["closed"] = True
-        else:
-            self._finish(self.replaced, failed=False)
-        self._send_parts(parts, int(shown))
+        if "sent" not in self.progress:
+            if self._finish(parts[0], failed):
+                self.progress["sent"] = 1
+            else:
+                self._finish(self.replaced, failed=False)
+        self._send_parts(parts)
 
     def give_up(self, text: str) -> None:
-        # A message that was closed holds the first part of the answer, and keeps it.
-        if "closed" in self.progress or not self._finish(self._mention + text, True):
+        # A part of the answer that is shown stays.
+        if "sent" in self.progress or not self._finish(self._mention + text, True):
             super().give_up(text)
 
     def _finish(self, text: str, failed: bool) -> bool:
@@ -167,7 +167,7 @@ class StreamReply(GrowingReply):
                 self._lock.release()
 
     def close(self, text: str, failed: bool = False) -> None:
-        parts, complete = self._split(text), False
+        parts = self._split(text)
         with self._lock:
             self.keep_alive_after = math.inf
             if self._grows():
@@ -176,14 +176,13 @@ class StreamReply(GrowingReply):
             if "key" in self.progress:
                 now = {"said": self._said, "index": self._index}
                 self._note(**now, confirmed=self._confirmed)
-            if self._grows():
+            if self._grows() and "sent" not in self.progress:
                 with self._or_plain():
-                    complete = self._complete(parts[0], tried)
-        if complete:
-            return self._send_parts(parts, 1)
-        # What the stream does not show goes as plain messages.
-        self.progress["said"] = self._said
-        self._send_parts(split("".join(parts).removeprefix(self._said)), 0)
+                    self._complete(parts[0], tried)
+        if not self._grows():  # what the stream does not show goes as plain messages
+            self.progress["said"] = self._said
+            parts = split("".join(parts).removeprefix(self._said))
+        self._send_parts(parts)
 
     def give_up(self, text: str) -> None:
         with self._lock:
@@ -203,25 +202,24 @@ class StreamReply(GrowingReply):
             with suppress(IMError), self._or_plain():
                 self._push(text if self._pending is None else self._pending)
 
-    def _complete(self, text: str, tried: bool) -> bool:
-        """Send the rest and close the stream; return whether it shows the text.
+    def _complete(self, text: str, tried: bool) -> None:
+        """Send the rest and close the stream; go plain if it has said another text.
 
         A stream that is closed although it was not silent was closed by an earlier try.
         If nobody knows, the rest is sent once more: shown twice is better than never.
         """
+        fits = text.startswith(self._said + (self._pending or ""))
         try:
             if self._pending is not None:
                 self._push(self._pending, waits=PAUSES)
-            fits = text.startswith(self._said)
             rest = text.removeprefix(self._said) if fits else f"\n\n{self.replaced}"
             self._push(rest, last=True, waits=PAUSES)
-            return fits
         except IMError as error:  # perhaps after a pause
             fresh = 0 <= time.time() - self._confirmed < SILENCE
             closed = not error.retry and error.code not in MEANING
-            if closed and fresh and (tried or error.may_have_arrived):
-                return True
-            raise
+            if not (closed and fresh and (tried or error.may_have_arrived)):
+                raise
+        self.progress |= {"sent": 1} if fits else {"plain": True}
 
     def _close_with(self, text: str, index: int) -> None:
         """Close the stream with one more paragraph, whatever was said before."""

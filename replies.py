@@ -75,7 +75,7 @@ class PlainReply:
 
         If it `failed`, the text is no answer but says why there is none.
         """
-        self._send_parts(self._split(text), 0)
+        self._send_parts(self._split(text))
 
     def give_up(self, text: str) -> None:
         """Show this sentence instead of an answer that IM refuses for good."""
@@ -88,9 +88,9 @@ class PlainReply:
     def _split(self, text: str) -> list[str]:
         return split(self._mention + text, self.limit)
 
-    def _send_parts(self, parts: list[str], first: int) -> None:
+    def _send_parts(self, parts: list[str]) -> None:
         self.parts = len(parts)
-        for number in range(max(first, self.progress.get("sent", 0)), len(parts)):
+        for number in range(self.progress.get("sent", 0), len(parts)):
             if text := parts[number].strip("\n"):
                 self.progress["at"] = number
                 # Number 0 is that of a growing message.
