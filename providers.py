@@ -195,7 +195,7 @@ class Provider:
         left = scope.remaining()  # a host may have several addresses to connect to
         timeout = (min(CONNECT_TIMEOUT, left / 4 + 0.1), left + 1)
         with scope:
-            return self.session.post(self.url + path, data, headers, timeout, True)
+            return self.session.post(self.url + path, data, headers, timeout)
 
     def error(self, body: Json, response: requests.Response) -> ProviderError:
         """Return the error that a body, its HTTP status and headers mean."""
