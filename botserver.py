@@ -261,7 +261,8 @@ class Bot:
             partial(self._note, work),
             self.texts["replaced"],
         )
-        scope = CancelScope(self.config.ai_timeout)
+        trace = tim.numbers(message.id, work.claim.seq, 0)[1]
+        scope = CancelScope(self.config.ai_timeout, str(trace))
         work.cancel, work.tick = scope.cancel, partial(self._keep_alive, reply)
         return Job(work, message, scope, progress, reply)
 

@@ -94,8 +94,8 @@ def failed(config: Config) -> None:
     """List the messages that were given up, and why."""
     with closing(config.open_store()) as store:
         found = store.failed()
-    for number, id, reason, age in found[:LISTED]:
-        click.echo(f"{number}  {age:.0f} s ago: {' '.join(id.split())}: {reason}")
+    for number, _, reason, age in found[:LISTED]:
+        click.echo(f"{number}  {age:.0f} s ago: {reason}")
     if (more := len(found) - LISTED) > 0:
         click.echo(f"and {more} more")
     if not found:

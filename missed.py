@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import tim
 from config import Config
@@ -27,11 +28,12 @@ from store import Added, Store
 from tim import IMError, Json, Message
 from workers import InFlight, LeaseLost, Workers
 
-GAP = 5.0  # seconds without a beat, after which a server was not well
-START_GAP = 2.0  # the same, for a server that starts in the place of another
+GAP = 5.0  # seconds without a beat, after which this server was not well
+OTHERS_GAP = 1.5  # the same for others, when a server starts: in the place of one?
 AWAY = 600.0  # seconds after which a silent server is not expected back
 MARGIN = 10  # seconds by which clocks may differ
 RATE = 10  # calls a second of one process, and tasks a second, at the most
+LONGEST_WAIT = 1.0  # seconds for which a thread waits for its turn to call
 PAGES = 100  # of one list, at the most
 PATIENCE = 120.0  # seconds in which a look-up that gets no answer is tried again
 RECALLED = 8  # in MsgFlagBits
@@ -46,17 +48,23 @@ class History:
     def __init__(self, im: tim.Client) -> None:
         self.im = im
         self._lock = threading.Lock()
-        self._next_call = 0.0  # time.monotonic()
+        self._free_at = self._queue_ends = 0.0  # time.monotonic()
 
     def delay(self) -> float:
-        """Return the seconds until a call could be made."""
-        return max(0.0, self._next_call - time.monotonic())
+        """Return the seconds after which a look-up should come again; 0 if it may
+        begin, and wait for its turn."""
+        now = time.monotonic()
+        with self._lock:
+            if self._free_at - now < LONGEST_WAIT:
+                return 0.0
+            self._queue_ends = max(self._queue_ends, now + LONGEST_WAIT) + 1 / RATE
+            return min(self._queue_ends - now, 60.0)
 
     def _call(self, command: str, body: Json) -> Json:
         with self._lock:
-            delay = self.delay()
-            self._next_call = time.monotonic() + delay + 1 / RATE
-        time.sleep(delay)
+            turn = max(self._free_at, time.monotonic())
+            self._free_at = turn + 1 / RATE
+        time.sleep(max(0.0, turn - time.monotonic()))
         return self.im.call(command, body, waits=())
 
     def conversations(self, robot: str, since: float) -> Iterator[tuple[str, str]]:
@@ -131,24 +139,25 @@ class Missed:
         self.refused_at = 0.0  # when this process last refused a callback
         self.window: Json | None = None  # that is open: its id, since when, opened at
         self._well_at = time.time()  # when this process was last well
+        self._young_until = 0.0  # if this process was the first of its server
         self._lock = threading.Lock()  # held during a beat
         self._warned: set[str] = set()  # of which a refusal was logged
         workers.beat = self.beat
 
     def beat(self) -> None:
-        """Note that this server is well; open a window if it was not."""
+        """Note that this server is well; open a window if callbacks may have failed."""
         with self._lock:
             if not self.workers.draining:
-                self._beat(f"{socket.gethostname()} {os.getppid()}", time.time())
+                self._beat(server_name(), time.time())
 
     def _beat(self, server: str, now: float) -> None:
-        well, window = self.store.get("well") or {}, self.store.get("missed") or {}
-        is_open = window and self.store.state(window["id"]) in (None, "open")
-        self.window = window if is_open else {}
-        gap = GAP if server in well else START_GAP
-        was_well = now - well.get(server, 0.0) <= gap
-        silent = [] if was_well else [at for at in well.values() if now - at > gap]
-        if self.refused_at > max(self._well_at, window.get("at", 0.0)):
+        well, last = self.store.get("well") or {}, self.store.get("missed") or {}
+        is_open = last and self.store.state(last["id"]) in (None, "open")
+        first, self.window = self.window is None, last if is_open else {}
+        silent = self._silent(server, well, now)
+        if first and not silent and well.keys() - {server}:
+            self.workers.hold(OTHERS_GAP)  # until it is clear whether others are well
+        if self.refused_at > max(self._well_at, last.get("at", 0.0)):
             if is_open or self.workers.backlog > self.config.max_backlog / 2:
                 return  # later, when it is calm
             silent.append(self._well_at)
@@ -157,6 +166,16 @@ class Missed:
         well = {s: at for s, at in well.items() if now - at < AWAY and at not in silent}
         self.store.put("well", well | {server: now})
         self._well_at = now
+
+    def _silent(self, server: str, well: dict[str, float], now: float) -> list[float]:
+        """Return since when servers were silent that have to be looked back for: this
+        one, and at its start, or if it was silent itself, all others."""
+        if server not in well:
+            self._young_until = now + GAP
+        if now >= self._young_until and now - well[server] <= GAP:
+            return []
+        gaps = dict.fromkeys(well, OTHERS_GAP) | {server: GAP}
+        return [at for name, at in well.items() if now - at > gaps[name]]
 
     def _open(self, silent: list[float], now: float) -> None:
         """Open a window that begins at the first of these times."""
@@ -191,10 +210,10 @@ class Missed:
 
     def run(self, work: InFlight, message: Message) -> None:
         """Do a job or a task."""
-        claim, delay = work.claim, self.history.delay()
+        claim = work.claim
+        if message.robot and (delay := self.history.delay()):
+            return self.store.release(claim, delay)
         try:
-            if message.robot and delay > 1:  # enough threads wait for their turn
-                return self.store.release(claim, delay)
             with self._or_warning(message.id):
                 if message.robot:
                     self._look_up(message)
@@ -292,3 +311,13 @@ class Missed:
         except UNREADABLE as error:
             raise ValueError(f"an unknown answer ({type(error).__name__})") from None
         return "conversations can be listed, but there is none yet"
+
+
+def server_name() -> str:
+    """Return a name that all processes of this gunicorn have, and no other, nor it
+    after a restart: the same container may give it the same process id."""
+    parent, since = os.getppid(), ""
+    with suppress(OSError, IndexError):
+        stat = Path(f"/proc/{parent}/stat").read_text()
+        since = stat.rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {parent} {since}"

@@ -191,6 +191,7 @@ class Provider:
         if not (token.isascii() and token.isprintable()):
             raise ProviderError("setup", "AI_SECRET_KEY has a character no key has")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers |= {"X-Client-Request-Id": scope.trace} if scope.trace else {}
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         left = scope.remaining()  # a host may have several addresses to connect to
         timeout = (min(CONNECT_TIMEOUT, left / 4 + 0.1), left + 1)

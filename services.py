@@ -71,7 +71,7 @@ def dify(
     try:
         yield from provider.complete(path, body, scope, update_interval, read)
     except CallEnded:
-        stop = (provider, f"{path}/{quote(task, '')}/stop", memory["user"])
+        stop = (provider, f"{path}/{quote(task, '')}/stop", memory["user"], scope.trace)
         if task:
             threading.Thread(target=stop_dify, args=stop, daemon=True).start()
         raise
@@ -111,10 +111,11 @@ def read_dify(event: Json, parts: list[str], agent: bool) -> str | Json:
     return ""
 
 
-def stop_dify(provider: Provider, path: str, user: str) -> None:
+def stop_dify(provider: Provider, path: str, user: str, trace: str) -> None:
     """Let Dify stop an answer that nobody waits for; if it cannot be told, it ends."""
     with suppress(Exception):
-        with provider.send(path, {"user": user}, CancelScope(STOP_TIMEOUT)) as response:
+        scope = CancelScope(STOP_TIMEOUT, trace)
+        with provider.send(path, {"user": user}, scope) as response:
             response.raw.read1(65536)
 
 

@@ -51,8 +51,9 @@ class CancelScope:
     _here = threading.local()  # .scope: the one that this thread is in
     _waiting: set[CancelScope] = set()
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, trace: str = "") -> None:
         self.deadline = time.monotonic() + seconds
+        self.trace = trace  # an id by which other logs may name this work
         self.cancelled = threading.Event()
         self.socket: socket | None = None  # of a call whose answer is not read yet
         self.ended = False  # the answer is read to its end

@@ -104,6 +104,10 @@ class Workers:
         self._started += 1
         return True
 
+    def hold(self, seconds: float) -> None:
+        """Claim nothing for some seconds."""
+        self._claim_from = max(self._claim_from, time.monotonic() + seconds)
+
     def cancel(self, conversation: str) -> None:
         """End the work on a conversation soon, in whichever process it is."""
         for work in self._flying():
@@ -231,7 +235,7 @@ class Workers:
         if paused and any(self._beat):
             if not self._store_down:
                 logger.warning("this process was paused, or the clock was set")
-            self._claim_from = time.monotonic() + REGAIN
+            self.hold(REGAIN)
         for work in works:
             work.lost = work.lost or work.claim in lost
             if work.claim in lost or work.claim in cancelled:

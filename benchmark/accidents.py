@@ -31,7 +31,6 @@ IM_FAULTS = ("lost", "late", 20004, 60007, 90994, 91000)
 WORD_FILTER = 80001  # Tencent's code for a text that it will never take
 DOWN = (0.0, 7.0)  # seconds until a bot that was stopped starts again
 PAUSE = LEASE + 3  # seconds; longer than claims last
-NOTICED = 3.0  # seconds of an outage, after which the bot looks up what it missed
 SILENCE = 150  # seconds; longer than Tencent knows a repetition
 
 
@@ -71,8 +70,7 @@ class Accidents:
         """Start the bot, at once or after a while."""
         time.sleep(self.chance.choice(DOWN))
         self.bot.start()
-        if time.time() - began > NOTICED:
-            self.outages.append((began, time.time()))
+        self.outages.append((began, time.time()))
 
     def _kill_worker(self) -> None:
         with suppress(ProcessLookupError):

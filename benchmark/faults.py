@@ -5,8 +5,13 @@
     python -m benchmark.faults --seconds 60         for a time
     python -m benchmark.faults --seed 7             with other accidents
 
-The exit status is 0 if no message was lost, answered twice or out of order, left open,
-or given up though Tencent would have taken its answer. Linux only.
+The exit status is 0 if no message was lost, answered twice or out of order, mangled,
+left open, or given up though Tencent would have taken its answer. Linux only.
+
+A message whose callback failed has to be looked up and answered, too, but for what the
+bot cannot notice: callbacks that were lost while it was well (Tencent did not reach it,
+or one of its processes died). Such a message may be answered, in its turn, if a later
+look-up finds it.
 """
 
 from __future__ import annotations

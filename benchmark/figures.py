@@ -8,9 +8,9 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -52,9 +52,17 @@ class TimedSimulator(Simulator):
         self.ready.setdefault(number, time.time())
         return answer
 
-    def record(
-        self, kind: str, began: float, url: str, body: Any, status: int, answer: Any
-    ) -> None:
+    @contextmanager
+    def on_wire(
+        self, kind: str, url: str, body: Any, of: str | None = None, trace: str = ""
+    ) -> Iterator[dict[str, Any]]:
+        began = time.time()
+        try:
+            yield {}
+        finally:
+            self._note(kind, began, body)
+
+    def _note(self, kind: str, began: float, body: Any) -> None:
         self.calls.clear()
         self.ai_requests.clear()
         if kind == "AI":

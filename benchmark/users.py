@@ -41,9 +41,9 @@ class Chat:
     def owed(self, outages: Outages | None) -> set[int]:
         """Return the questions that have to be answered.
 
-        They are those that were acknowledged, and those that the bot has to look up:
-        it refused the callback, or was not there for so long that it looks. With None
-        instead of outages it looks nothing up.
+        They are those that were acknowledged, and those that the bot has to look up: it
+        refused the callback, or was not there. With None for the outages it looks
+        nothing up.
         """
         if outages is None:
             return {*self.acknowledged}

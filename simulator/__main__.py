@@ -14,60 +14,110 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import requests
 
+from config import SERVICES, robots_file
+from config import service as service_of
+
 from .ai import actor
 from .bot import ROOT, bot_settings, interrupt_on_signals, running
+from .botlog import warnings_told
 from .page import PACE
+from .relay import Relay
 from .standin import Simulator
 
+ROBOT, GROUP = "@RBT#001", "@TGS#demo"
 # What the demonstration's bot takes from the environment, besides AI_….
 SETTINGS = (
-    "REPLY_MODE BOT_LANGUAGE ROBOTS HISTORY_TURNS GROUP_MEMORY RATE_LIMIT MAX_WAITING "
-    "MAX_BACKLOG ALLOW_USERS ALLOW_GROUPS RETENTION_DAYS WORKER_THREADS LOG_LEVEL"
+    "REPLY_MODE BOT_LANGUAGE ROBOTS HISTORY_TURNS GROUP_MEMORY RATE_LIMIT CATCH_UP "
+    "MAX_WAITING MAX_BACKLOG ALLOW_USERS ALLOW_GROUPS RETENTION_DAYS WORKER_THREADS "
+    "LOG_LEVEL"
 ).split()
+TEXTS: dict[str, dict[str, Any]] = {
+    "en": {
+        "bot": "The bot, under gunicorn: {}, REPLY_MODE={}",
+        "stand-in": "The AI: a stand-in that repeats what you write",
+        "real": "The AI: the real service {}; what you write is sent to it",
+        "elsewhere": "The bot needs these settings (or an AI service of its own):\n",
+        "page": "The chat page: open {} in a browser\n",
+        "warning": "The bot warns: {}",
+        "write": "Write to the robot; after /g to the group; Ctrl-D ends.",
+        "no answer": "No answer came.",
+        "one": "[one-to-one] {}: {}",
+        "group": "[group {}] {}: {}",
+        "say": ["Hello!", "What did I say before?"],
+        "say in group": "hello from the group",
+    },
+    "zh": {
+        "bot": "机器人（由 gunicorn 运行）：{}，REPLY_MODE={}",
+        "stand-in": "AI：替身，只会重复你的话",
+        "real": "AI：真正的服务 {}，你写的内容会发给它",
+        "elsewhere": "机器人需要下面这些设置（AI 服务也可以用它自己的）：\n",
+        "page": "聊天页面：请在浏览器中打开 {}\n",
+        "warning": "机器人的警告：{}",
+        "write": "请给机器人写消息；以 /g 开头就写到群里；按 Ctrl-D 结束。",
+        "no answer": "没有等到回答。",
+        "one": "[单聊] {}：{}",
+        "group": "[群聊 {}] {}：{}",
+        "say": ["你好", "我刚才说了什么？"],
+        "say in group": "大家好",
+    },
+}
 
 
-def show(simulator: Simulator, user: str, text: str, group: str = "") -> None:
-    """Say something, print it, and print the answer when it comes."""
-    chat, began = group or user, time.monotonic()
-    known = sum(message.chat == chat for message in simulator.delivered)
-    place = f"group {group}" if group else "one-to-one"
-    if group:
-        simulator.say_in_group(user, group, text, ["@RBT#001"])
-        print(f"[{place}] {user}: @Robot {text}")
-    else:
-        simulator.say(user, "@RBT#001", text)
-        print(f"[{place}] {user}: {text}")
-    for message in simulator.wait(known + 1, 90, chat, closed=True)[known:]:
-        took = (time.monotonic() - began) * 1000
-        print(f"[{place}] Robot: {message.text}   ({took:.0f} ms)", flush=True)
+class Demonstration:
+    """A conversation with the bot, printed as it is held."""
+
+    def __init__(self, simulator: Simulator, texts: Mapping[str, Any]) -> None:
+        self.simulator, self.texts = simulator, texts
+
+    def show(self, user: str, text: str, group: str = "") -> None:
+        """Say something, print it, and print the answer when it comes."""
+        simulator, chat, began = self.simulator, group or user, time.monotonic()
+        robot = simulator.robots[ROBOT]
+        known = sum(message.chat == chat for message in simulator.delivered)
+        self._print(user, f"@{robot} {text}" if group else text, group)
+        if group:
+            simulator.say_in_group(user, group, text, [ROBOT])
+        else:
+            simulator.say(user, ROBOT, text)
+        for message in simulator.wait(known + 1, 90, chat, closed=True)[known:]:
+            took = (time.monotonic() - began) * 1000
+            self._print(robot, f"{message.text}   ({took:.0f} ms)", group)
+
+    def _print(self, who: str, text: str, group: str) -> None:
+        line = self.texts["group" if group else "one"]
+        print(line.format(*filter(None, (group, who, text))), flush=True)
+
+    def converse(self, say: list[str]) -> None:
+        """Hold the conversation of the demonstration, or say what is to be said."""
+        for text in say or self.texts["say"]:
+            self.show("jared", text)
+        if not say:
+            self.show("lin", self.texts["say in group"], GROUP)
+
+    def type_on(self) -> None:
+        """Let the terminal write to the robot until its user has enough."""
+        print(self.texts["write"])
+        while True:
+            line = input("> ").strip()
+            group = GROUP if line.startswith("/g ") else ""
+            try:
+                if line:
+                    self.show("jared", line.removeprefix("/g "), group)
+            except (TimeoutError, requests.RequestException):
+                print(self.texts["no answer"])
+
+    def warn(self, text: str, of: str) -> None:
+        """Print a warning of the bot's, and show it on the page."""
+        print(self.texts["warning"].format(text), flush=True)
+        self.simulator.warn(text, of)
 
 
-def converse(simulator: Simulator, say: list[str]) -> None:
-    """Hold the conversation of the demonstration, or say what is to be said."""
-    for text in say or ["你好", "What did I say before?"]:
-        show(simulator, "jared", text)
-    if not say:
-        show(simulator, "lin", "hello from the group", "@TGS#demo")
-
-
-def type_on(simulator: Simulator) -> None:
-    """Let the terminal write to the robot until its user has enough."""
-    print("Write to the robot; begin with / g to write in the group; Ctrl-D ends.")
-    while True:
-        line = input("> ").strip()
-        group = "@TGS#demo" if line.startswith("/g ") else ""
-        try:
-            if line:
-                show(simulator, "jared", line.removeprefix("/g "), group)
-        except (TimeoutError, requests.RequestException):
-            print("No answer came.")
-
-
-def demo_settings(environment: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """Return the bot's settings, and the name of the AI service if it is a real one."""
+def demo_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that the bot takes from the environment, and ours."""
     chinese = environment.get("LANG", "").startswith("zh")
     mode = "custom" if ROOT.joinpath("growing.py").exists() else "whole"
     settings = {"REPLY_MODE": mode, "BOT_LANGUAGE": "zh" if chinese else "en"}
@@ -75,31 +125,58 @@ def demo_settings(environment: Mapping[str, str]) -> tuple[dict[str, str], str]:
         if value and (name in SETTINGS or name.startswith("AI_")):
             settings[name] = value
     other = "openai-compatible" if "AI_BASE_URL" in settings else "minimax"
-    service = settings.setdefault("AI_PROVIDER", other)
-    theirs = {"AI_SECRET_KEY", "AI_SECRET_KEYS", "AI_BASE_URL"} & set(settings)
-    if not theirs and service not in ("echo", "ollama"):
-        return settings, ""
-    return {"AI_SECRET_KEY": "", "AI_BASE_URL": ""} | settings, service
+    settings.setdefault("AI_PROVIDER", other)
+    return settings
+
+
+def real_service(settings: dict[str, str]) -> tuple[Relay, str] | None:
+    """Return a relay to the AI service that is set, and its name; None for ours.
+
+    The relay takes its place in the settings.
+    """
+    name = settings["AI_PROVIDER"]
+    service = service_of(name) if name in SERVICES else None
+    if not {"AI_SECRET_KEY", "AI_BASE_URL"} & set(settings) and name != "ollama":
+        return None
+    settings.setdefault("AI_SECRET_KEY", "")
+    url = settings.get("AI_BASE_URL") or (service.url if service else "")
+    if not service or not url.startswith(("https://", "http://")):
+        settings.setdefault("AI_BASE_URL", "")
+        return None  # the bot says what is wrong
+    settings.pop("AI_BASE_URL", "")
+    model = settings.get("AI_MODEL") or service.model
+    return Relay(url), f"{url} ({', '.join(filter(None, (name, model)))})"
 
 
 @contextmanager
-def demonstration(bot_url: str, port: int) -> Iterator[Simulator]:
-    """Run what is to be shown, with a bot or for one elsewhere; print where it is."""
-    if bot_url:
-        with Simulator(port=port) as simulator:
-            simulator.bot_url = bot_url.rstrip("/").removesuffix("/im")
-            print("The bot needs these settings (or an AI service of its own):\n")
-            for name, value in bot_settings(simulator).items():
-                print(f"export {name}={value}")
-            yield simulator
-        return
-    settings, service = demo_settings(os.environ)
+def elsewhere(url: str, port: int, texts: Mapping[str, Any]) -> Iterator[Demonstration]:
+    """Show a bot that runs elsewhere."""
+    with Simulator(port=port) as simulator:
+        simulator.bot_url = url.rstrip("/").removesuffix("/im")
+        print(texts["elsewhere"])
+        for name, value in bot_settings(simulator).items():
+            print(f"export {name}={value}")
+        yield Demonstration(simulator, texts)
+
+
+@contextmanager
+def here(
+    settings: dict[str, str], port: int, texts: Mapping[str, Any]
+) -> Iterator[Demonstration]:
+    """Run a bot and show it."""
+    real = real_service(settings)
     with running(port, **settings) as (simulator, bot):
-        simulator.ai_name = service
-        mode = settings["REPLY_MODE"]
-        print(f"The bot, under gunicorn: {bot.url}, REPLY_MODE={mode}")
-        print("The AI:", f"the real service {service}" if service else "a stand-in")
-        yield simulator
+        shown = Demonstration(simulator, texts)
+        if real:
+            simulator.relay, simulator.ai_name = real
+            simulator.secret = settings["AI_SECRET_KEY"].removeprefix("Bearer ").strip()
+        robots = ROOT / settings.get("ROBOTS", "robots.toml")
+        for id, persona in robots_file(f"{robots}").items() if robots.exists() else ():
+            simulator.robots[id] = persona.nick or simulator.robots.get(id, id)
+        with warnings_told(bot.log, shown.warn):
+            print(texts["bot"].format(bot.url, settings["REPLY_MODE"]))
+            print(texts["real"].format(real[1]) if real else texts["stand-in"])
+            yield shown
 
 
 def main() -> None:
@@ -114,22 +191,26 @@ def main() -> None:
     if options.port not in (None, *range(1, 65536)):
         parser.error("--port must be a number from 1 to 65535")
     interrupt_on_signals()
-    stage = demonstration(options.bot, options.port or 0)
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    settings, port = demo_settings(os.environ), options.port or 0
+    texts = TEXTS["zh" if settings["BOT_LANGUAGE"] == "zh" else "en"]
+    bot = options.bot
+    stage = elsewhere(bot, port, texts) if bot else here(settings, port, texts)
     try:
-        with suppress(KeyboardInterrupt, EOFError), stage as simulator:
-            simulator.ai_answer = actor
-            print(f"The chat page: open {simulator.url} in a browser\n", flush=True)
-            if options.say or not options.bot:
-                converse(simulator, options.say)
-            simulator.ai_pace = PACE
+        with suppress(KeyboardInterrupt, EOFError), stage as shown:
+            shown.simulator.ai_answer = actor
+            print(texts["page"].format(shown.simulator.url), flush=True)
+            if options.say or not bot:
+                shown.converse(options.say)
+            shown.simulator.ai_pace = PACE
             if sys.stdin.isatty():
-                type_on(simulator)
-            elif options.bot or options.port:
+                shown.type_on()
+            elif bot or options.port:
                 threading.Event().wait()
     except TimeoutError:
-        sys.exit("No answer came.")
+        sys.exit(texts["no answer"])
     except requests.RequestException as error:  # its text may hold a signature
-        sys.exit(f"{options.bot} cannot be called ({type(error).__name__})")
+        sys.exit(f"{bot} cannot be called ({type(error).__name__})")
     except OSError as error:
         sys.exit(f"Port {options.port} cannot be served: {error.strerror}")
     except RuntimeError as error:  # the bot did not start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +25,22 @@ Here is **Markdown** as an AI writes it, with a [link](https://www.tencentcloud.
 
 ```python
 print("<script>alert('only text')</script>")
+```"""
+
+MARKDOWN_ZH = """\
+这是 AI 常写的 **Markdown**，带一个[链接](https://cloud.tencent.com)：
+
+1. 腾讯云 IM 调用 `POST /im`
+2. 机器人先保存消息，再去问 AI
+3. 回答在聊天里*逐步*变长
+
+| 方式 | 谁能看到它变长 |
+|---|---|
+| `modify` | 几乎所有客户端 |
+| `custom` | TUIKit，带停止按钮 |
+
+```python
+print("<script>alert('只是文字')</script>")
 ```"""
 
 
@@ -93,19 +110,27 @@ def ai_error(kind: str, message: str) -> Json:
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-def parrot(messages: list[Json]) -> str:
+def parrot(messages: list[Json], chinese: bool = False) -> str:
     """Return an answer by which a question can be known, and how much is remembered."""
     asked = [message["content"] for message in messages if message["role"] == "user"]
     last = asked[-1]
     if isinstance(last, list):  # with pictures
         pictures = [part["image_url"]["url"] for part in last[1:]]
         last = " ".join([last[0]["text"], *pictures])
+    if chinese:
+        return f"你说：{last}（这段对话的第 {len(asked)} 个问题）"
     return f"You said: {last} (question {len(asked)} of our chat)"
 
 
 def actor(messages: list[Json]) -> str:
-    """Return Markdown, or much of it, if the question says so; else be a parrot."""
+    """Return Markdown, or much of it, if the question says so; else be a parrot.
+
+    The answer has the language of the question.
+    """
     asked = str(messages[-1]["content"]).lower()
+    chinese = re.search("[\u4e00-\u9fff]", asked) is not None
+    text, part = (MARKDOWN_ZH, "第 {} 部分") if chinese else (MARKDOWN, "Part {}")
     if "long answer" in asked or "长" in asked:
-        return "\n\n".join(f"## Part {n}\n\n{MARKDOWN}" for n in range(1, 25))
-    return MARKDOWN if "markdown" in asked else parrot(messages)
+        parts = (f"## {part.format(n)}\n\n{text}" for n in range(1, 25))
+        return "\n\n".join(parts)
+    return text if "markdown" in asked else parrot(messages, chinese)

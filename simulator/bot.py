@@ -83,12 +83,6 @@ class BotProcess:
         self.stop(signal.SIGKILL)
         raise RuntimeError(f"the bot did not start:\n{self.log.read_text()}")
 
-    def restart(self, **settings: str) -> None:
-        """Stop the process and start it with other settings."""
-        self.stop()
-        self.env |= settings
-        self.start()
-
     def alive(self) -> bool:
         """Return whether the process runs."""
         return self.process is not None and self.process.poll() is None

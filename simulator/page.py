@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +15,14 @@ from typing import TYPE_CHECKING
 import requests
 
 from .ai import ai_error
-from .messages import Json, name_of
+from .messages import Json, name_of, text_body
 
 if TYPE_CHECKING:
     from .standin import Simulator
 
 SHOWN = 500  # answers that the page shows
 PACE, SLOW = 0.04, 0.5  # seconds between two chunks of an AI that is watched
+_STARTING = threading.Lock()  # held while the bot is started or stopped
 UNSHOWN = {"body", "states", "index"}
 REPLY_MODES = ("whole", "modify", "custom", "stream")
 
@@ -44,15 +47,20 @@ def news(simulator: Simulator, seen: dict[str, Json]) -> list[Json]:
 
 
 def _unseen(simulator: Simulator, seen: dict[str, Json]) -> list[Json]:
-    items = [_about(simulator), *simulator.wire]
-    items += [{"id": name_of(event), "event": event} for event in simulator.said]
+    items = [_about(simulator), *simulator.warned, *simulator.calls_on_wire()]
+    for event in simulator.said:
+        name = name_of(event)
+        called = name in simulator.called
+        items.append({"id": name, "event": event, "called": called})
     for number, message in list(enumerate(simulator.delivered))[-SHOWN:]:
         shown = {k: v for k, v in vars(message).items() if k not in UNSHOWN}
-        items.append({"id": f"answer {number}", "answer": number, **shown})
+        shown |= {"answer": number, "of": simulator.question_of(message.body)}
+        items.append({"id": f"answer {number}", **shown})
     return [item for item in items if seen.get(item["id"]) != item]
 
 
 def _about(simulator: Simulator) -> Json:
+    settings = simulator.bot.env if simulator.bot else {}
     return {
         "id": "about",
         "run": f"{id(simulator)} {os.getpid()}",
@@ -62,7 +70,8 @@ def _about(simulator: Simulator) -> Json:
         "bot": simulator.bot_url,
         "ai": simulator.ai_name,
         "modes": REPLY_MODES if simulator.bot else (),
-        "mode": simulator.bot.env.get("REPLY_MODE", "whole") if simulator.bot else "",
+        "mode": settings.get("REPLY_MODE", "whole") if simulator.bot else "",
+        "language": settings.get("BOT_LANGUAGE", ""),
         "trouble": dict(simulator.trouble),
     }
 
@@ -72,28 +81,51 @@ def act(simulator: Simulator, wish: Json) -> Json:
     with suppress(requests.RequestException):  # the page shows the failed call
         match wish:
             case {"say": text, "as": user, "to": to, "robots": robots}:
+                fields: Json = {"MsgBody": text_body(text)}
+                if quote := wish.get("quote"):
+                    fields["CloudCustomData"] = _reply_to(quote)
                 if to in simulator.groups:
-                    simulator.say_in_group(user, to, text, robots)
+                    simulator.say_in_group(user, to, text, robots, **fields)
                 else:
-                    simulator.say(user, to, text)
+                    simulator.say(user, to, text, **fields)
             case {"stop": number, "as": user}:
                 simulator.press_stop(simulator.delivered[number], user)
-            case {"deliver": name, "note": note}:
+            case {"deliver": name, "note": note} if simulator.bot_url:
                 [event] = [item for item in simulator.said if name_of(item) == name]
                 wrong: Json = {"Sign": "0" * 64} if note == "forged" else {}
                 simulator.callback(event, note=note, **wrong)
-            case {"trouble": {"ai": ai, "im": im}}:
+            case {"trouble": {"ai": ai, "im": im, "bot": bot}}:
+                simulator.trouble = {"ai": ai, "im": im, "bot": bot}
                 _make_trouble(simulator, ai, im)
-            case {"mode": mode} if simulator.bot and mode in REPLY_MODES:
-                simulator.bot.restart(REPLY_MODE=mode)
+                _run_bot(simulator)
+            case {"mode": mode} if mode in REPLY_MODES:
+                _run_bot(simulator, REPLY_MODE=mode)
     with simulator.changed:
         simulator.changed.notify_all()
     return {}
 
 
-def _make_trouble(simulator: Simulator, ai: str = "", im: str = "") -> None:
+def _reply_to(quote: Json) -> str:
+    """Return what TUIKit sends along with a reply to a message."""
+    reply = {"messageReply": quote | {"messageType": 1, "version": 1}}
+    return json.dumps(reply, ensure_ascii=False)
+
+
+def _run_bot(simulator: Simulator, **settings: str) -> None:
+    """Let our bot run, or be down: then Tencent cannot reach it."""
+    bot, down = simulator.bot, bool(simulator.trouble["bot"])
+    with _STARTING:
+        if bot and (settings or bot.alive() == down):
+            simulator.unreachable = True
+            bot.stop()
+            bot.env |= settings
+            if not down:
+                bot.start()
+        simulator.unreachable = down
+
+
+def _make_trouble(simulator: Simulator, ai: str, im: str) -> None:
     """Make the AI "slow" or "fail", IM "busy" or "refuse", or end that."""
-    simulator.trouble = {"ai": ai, "im": im}
     simulator.ai_delay, simulator.ai_pace = (3.0, SLOW) if ai == "slow" else (0.0, PACE)
     broken = (500, ai_error("api_error", "a failure that was asked for (1000)"))
     code = {"busy": 90994, "refuse": 80001}.get(im)

@@ -16,9 +16,20 @@ from . import page
 from .ai import DONE, sse, whole
 from .messages import Json
 from .platforms import Service
+from .relay import Relay, Unreachable, passed_on
 
 if TYPE_CHECKING:
     from .standin import Simulator
+
+CHUNKED = {"Transfer-Encoding": "chunked"}
+LONGEST_TEXT = 5000  # characters
+
+
+def decoded(body: bytes) -> Any:
+    """Return the JSON of a body, or else its text, of which the page shows a part."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(body)
+    return body.decode(errors="replace")[:LONGEST_TEXT]
 
 
 class Server(ThreadingHTTPServer):
@@ -73,15 +84,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(403, {"error": "another web page may not do this"})
         elif is_page:
             self._answer(200, page.act(simulator, json.loads(body)))
+        elif url.path.startswith("/v1/") and simulator.relay:
+            self._relay(simulator, simulator.relay, body)
         elif url.path == "/v1/chat/completions":
             self._ai(simulator, body)
         elif service := simulator.services.get(url.path):
             self._platform(simulator, service, body)
         elif url.path.startswith("/v4/"):
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
-            answer = simulator.rest(url.path, query, body)
-            time.sleep(simulator.im_delay)
-            self._answer(200, answer)
+            self._im(simulator, url.path.removeprefix("/v4/"), query, body)
         else:
             self._answer(404, {"error": "404 page not found"})
 
@@ -91,42 +102,83 @@ class _Handler(BaseHTTPRequestHandler):
         ours = host.split(":")[0] in ("127.0.0.1", "localhost")
         return ours and self.headers.get("Origin", f"http://{host}") == f"http://{host}"
 
+    def _im(
+        self, simulator: Simulator, command: str, query: dict[str, str], body: bytes
+    ) -> None:
+        with simulator.on_wire("IM", self.path, decoded(body)) as call:
+            answer = simulator.rest(command, query, body)
+            call |= {"status": 200 if answer else 0, "answer": answer}
+            time.sleep(simulator.im_delay)
+            self._answer(200, answer)
+
     def _ai(self, simulator: Simulator, body: bytes) -> None:
-        began = time.time()
-        status, answer = simulator.complete(self.headers, body)
-        asked = json.loads(body)
-        try:
+        asked, trace = decoded(body), self.headers.get("X-Client-Request-Id", "")
+        with simulator.on_wire("AI", self.path, asked, trace=trace) as call:
+            status, answer = simulator.complete(self.headers, body)
+            call |= {"status": status, "answer": answer}
             if status != 200:
                 self._answer(status, answer)
             elif asked.get("stream"):
                 self._stream(simulator, simulator.stream(answer["text"]))
             else:
                 self._answer_whole(simulator, answer["text"])
-        finally:
-            simulator.record("AI", began, self.path, asked, status, answer)
 
     def _platform(self, simulator: Simulator, service: Service, body: bytes) -> None:
-        began, asked = time.time(), json.loads(body)
-        status, answer = service(self.headers, asked)
-        try:
+        asked, trace = json.loads(body), self.headers.get("X-Client-Request-Id", "")
+        with simulator.on_wire("AI", self.path, asked, trace=trace) as call:
+            status, answer = service(self.headers, asked)
+            call["status"] = status
             if isinstance(answer, dict):
+                call["answer"] = answer
                 self._answer(status, answer)
             else:
                 self._stream(simulator, answer)
+
+    def _relay(self, simulator: Simulator, relay: Relay, body: bytes) -> None:
+        path, asked = self.path.removeprefix("/v1"), decoded(body)
+        url, trace = relay.url + path, self.headers.get("X-Client-Request-Id", "")
+        with simulator.on_wire("AI", url, asked, trace=trace) as call:
+            time.sleep(simulator.ai_delay)
+            if broken := simulator.ai_fault(asked):
+                call |= {"status": broken[0], "answer": broken[1]}
+                return self._answer(*broken)
+            try:
+                self._pass_on(relay, path, body, call)
+            except Unreachable as error:
+                call["answer"], self.close_connection = str(error), True
+                if not call["status"]:  # no part of an answer is passed on
+                    self._answer(502, {"error": {"message": str(error)}})
+
+    def _pass_on(self, relay: Relay, path: str, body: bytes, call: Json) -> None:
+        """Make the bot's call of a real AI service, and send it what comes."""
+        arrived = bytearray()
+        try:
+            with relay.post(path, dict(self.headers), body, self._is_left) as (
+                answer,
+                rest,
+            ):
+                call["status"], headers = answer.status_code, passed_on(answer.headers)
+                kind = headers.pop("Content-Type", "application/json")
+                self._start(answer.status_code, kind, headers | CHUNKED)
+                for piece in rest:
+                    arrived += piece
+                    self._chunk(piece)
+                    self.wfile.flush()
+                self._chunk(b"")
         finally:
-            shown = answer if isinstance(answer, dict) else {}
-            if "bot_app_key" in asked:
-                asked["bot_app_key"] = "•••"
-            simulator.record("AI", began, self.path, asked, status, shown)
+            call["answer"] = decoded(bytes(arrived))
+
+    def _chunk(self, piece: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     def _stream(self, simulator: Simulator, pieces: Iterator[bytes]) -> None:
-        self._start(200, "text/event-stream", {"Transfer-Encoding": "chunked"})
+        self._start(200, "text/event-stream", CHUNKED)
         try:
             for piece in pieces:
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                self._chunk(piece)
                 if simulator.ai_pace:
                     self.wfile.flush()
-            self.wfile.write(b"0\r\n\r\n")
+            self._chunk(b"")
         finally:
             simulator.ai_ended += 1
 
@@ -145,10 +197,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_left(self) -> bool:
         """Return whether the caller has hung up."""
-        with suppress(BlockingIOError):
+        try:
             flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
             return not self.connection.recv(1, flags)
-        return False
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _answer(self, status: int, answer: Json | None) -> None:
         if answer is None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -15,18 +13,18 @@ import requests
 
 from usersig import sign_callback
 
-from .messages import Delivered, Json, c2c_event, group_event
+from .messages import Delivered, Json, c2c_event, group_event, name_of
 from .platforms import AgentPlatforms
+from .relay import Relay
 from .server import Server
-from .tencent import KEY, Tencent
+from .tencent import KEY
+from .wire import Wire
 
 if TYPE_CHECKING:
     from .bot import BotProcess
 
-KEPT = 500  # callbacks and calls that are remembered
 
-
-class Simulator(Tencent, AgentPlatforms):
+class Simulator(Wire, AgentPlatforms):
     """Tencent IM and an AI service on a port of 127.0.0.1; a `with` serves it.
 
     Callbacks go to the bot at `bot_url`. With none, or while the bot is `unreachable`,
@@ -36,18 +34,16 @@ class Simulator(Tencent, AgentPlatforms):
     def __init__(
         self, sdkappid: int = 1400000000, key: str = KEY, port: int = 0
     ) -> None:
-        Tencent.__init__(self, sdkappid, key)
+        Wire.__init__(self, sdkappid, key)
         AgentPlatforms.__init__(self)
-        self.token = "stand-in-token"
+        self.token, self.secret = "stand-in-token", self.ai_key
         self.bot_url = ""
         self.unreachable = False  # Tencent cannot reach the bot: callbacks are lost
         self.bot: BotProcess | None = None  # if it is ours
-        self.ai_name = ""  # of the AI service, if it is not ours
-        self.trouble = {"ai": "", "im": ""}  # what the page's user asked for
-        self.said: deque[Json] = deque(maxlen=KEPT)  # callbacks of what users did
-        self.wire: deque[Json] = deque(maxlen=KEPT)  # calls, for the page
+        self.relay: Relay | None = None  # to the AI service, if it is a real one
+        self.ai_name = ""  # what it is called
+        self.trouble = {"ai": "", "im": "", "bot": ""}  # what the page's user asked for
         self.closing = False
-        self._recorded = 0  # calls
         self._http = requests.Session()
         self._server = Server(self, port)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -113,18 +109,15 @@ class Simulator(Tencent, AgentPlatforms):
         **query: Any,
     ) -> requests.Response:
         """Deliver a callback, once more if it was delivered before."""
-        url, began = f"/im?{urlencode(self.signed(event) | query)}", time.time()
-        status, answer = 0, "no answer"
-        try:
+        url = f"/im?{urlencode(self.signed(event) | query)}"
+        with self.on_wire(note, url, event, of=name_of(event)) as call:
             response = (http or self._http).post(
                 self.bot_url + url, json=event, timeout=10
             )
-            status, answer = response.status_code, response.text
+            call |= {"status": response.status_code, "answer": response.text}
             with suppress(ValueError):
-                answer = response.json()
+                call["answer"] = response.json()
             return response
-        finally:
-            self.record(note, began, url, event, status, answer)
 
     def signed(self, event: Json) -> dict[str, str]:
         """Return the query of a callback, as Tencent signs it."""
@@ -154,16 +147,3 @@ class Simulator(Tencent, AgentPlatforms):
                     return seen
                 if not self.changed.wait(max(0.0, end - time.monotonic())):
                     raise TimeoutError(f"{len(seen)} of {count} messages: {seen}")
-
-    def record(
-        self, kind: str, began: float, url: str, body: Any, status: int, answer: Any
-    ) -> None:
-        """Keep a call ("IM", "AI", or how a callback was sent) without its secrets."""
-        line = "POST " + re.sub("(Sign|usersig)=[^&]*", r"\1=•••", url)
-        began, took = began * 1000, (time.time() - began) * 1000
-        call = {"kind": kind, "time": began, "ms": took, "line": line, "body": body}
-        with self.changed:
-            self._recorded += 1
-            call |= {"id": f"call {self._recorded}", "status": status, "answer": answer}
-            self.wire.append(call)
-            self.changed.notify_all()

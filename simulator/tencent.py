@@ -13,9 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
-from urllib.parse import urlencode
 
 from .history import LOOKUPS, History
 from .messages import Delivered, Json
@@ -95,21 +93,8 @@ class Tencent(History):
         self.changed = threading.Condition(threading.RLock())
         self._sent: dict[Any, tuple[float, Json]] = {}
 
-    def record(
-        self, kind: str, began: float, url: str, body: Any, status: int, answer: Any
-    ) -> None:
-        """Keep a call for who wants to see it: nobody does here."""
-
-    def rest(self, path: str, query: dict[str, str], body: bytes) -> Json | None:
+    def rest(self, command: str, query: dict[str, str], body: bytes) -> Json | None:
         """Do a REST call and return the answer, or None to give none."""
-        began = time.time()
-        answer = self._done(path.removeprefix("/v4/"), query, body)
-        with suppress(ValueError):
-            url = f"{path}?{urlencode(query)}"
-            self.record("IM", began, url, json.loads(body), 200, answer)
-        return answer
-
-    def _done(self, command: str, query: dict[str, str], body: bytes) -> Json | None:
         try:
             fields = self._checked(command, query, body)
             fault = self.fault(command, fields)

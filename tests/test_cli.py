@@ -85,7 +85,7 @@ def test_what_failed_is_listed_and_put_back_by_command(sim, flask, tmp_path):
         health = f"{bot.url}/healthz"
         poll(lambda: requests.get(health).json()["failed"] == 1)
         done, id = flask("failed"), r"@RBT#001 jared \d+ \d+ \d+"
-        assert re.match(rf"\d+  \d+ s ago: {id}: .*20003", done.stdout)
+        assert re.match(r"\d+  \d+ s ago: .*20003", done.stdout)
         assert re.search(f" message {id} failed: ", bot.log.read_text())
         sim.fault = lambda command, body: None
         assert flask("retry", "99").stdout == "0 put back.\n"

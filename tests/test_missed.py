@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import sqlite3
 import threading
 import time
@@ -46,7 +44,7 @@ class Bots:
         self.im, self.bot = Caller(self.sim, app.test_client()), app.extensions["bot"]
         self.store = self.bot.store
         if self.bot.missed:
-            name = f"{socket.gethostname()} {os.getppid()}"
+            name = missed.server_name()
             poll(lambda: name in (self.store.get("well") or {}))
         poll(lambda: idle(self.im))
         return self
@@ -230,11 +228,37 @@ def test_only_catch_up_seconds_are_looked_up(stopped):
     assert stopped.answered() == ["before", "new"]
 
 
-def test_a_short_restart_beside_a_server_that_is_well_looks_nothing_up(stopped):
-    sim = stopped.sim
-    stopped.store.put("well", {"a server": time.time() - 1})
-    sim.say("jared", ROBOT, "to the other")
-    stopped.start()
+def test_after_a_short_restart_messages_wait_until_it_is_noticed(stopped):
+    """It was away for less than two beats, as it seems to a server that starts."""
+    sim, store = stopped.sim, stopped.store
+    sim.say("jared", ROBOT, "during")
+    store.put("well", {"a server": time.time() - 0.7})
+    im = Caller(sim, stopped.make_app().test_client())
+    assert im.say("after").status_code == 200
+    sim.wait(3)
+    assert said_to(sim, "jared") == ["before", "during", "after"]
+
+
+def test_a_server_that_starts_beside_others_that_are_well_looks_nothing_up(stopped):
+    sim, store, name = stopped.sim, stopped.store, missed.server_name()
+    beats = threading.Event()
+
+    def beat():
+        while not beats.wait(0.2):
+            well = store.get("well")
+            store.put("well", well | {"a server": time.time()})
+
+    store.put("well", {"a server": time.time()})
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        sim.say("jared", ROBOT, "to the other")
+        stopped.start()
+        began = store.get("well")[name]
+        poll(lambda: store.get("well")[name] > began + 2 * missed.OTHERS_GAP)
+    finally:
+        beats.set()
+        thread.join()
     assert stopped.answered() == ["before"] and not sim.lookups
 
 
@@ -250,7 +274,7 @@ def test_a_server_that_starts_takes_the_place_of_one_that_fell_silent(stopped):
 
 def test_a_server_that_is_well_leaves_one_that_fell_silent_to_the_next(bots):
     sim = bots.sim
-    bots.start()
+    bots.start().bot.missed._young_until = 0.0
     well = bots.store.get("well")
     bots.store.put("well", well | {"silent": time.time() - 8, "gone": 1.0})
     poll(lambda: "gone" not in bots.store.get("well"))

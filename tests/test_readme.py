@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import subprocess
 from dataclasses import fields
 
 import pytest
@@ -134,12 +135,17 @@ def test_every_command_is_documented(page):
 
 
 @pytest.mark.parametrize("page", OPERATIONS, ids=name)
-def test_systemd_and_a_shell_read_the_same_from_the_example_of_settings(page):
+def test_systemd_and_a_shell_read_the_same_from_the_example_of_settings(page, tmp_path):
     [lines] = [text for text in blocks(page, "sh") if text.startswith("IM_SDKAPPID")]
-    env = {}
-    for line in lines.replace("…", "x").splitlines():
+    env, lines = {}, lines.replace("…", "x")
+    for line in lines.splitlines():
         found = re.fullmatch(r"([A-Z_]+)=(?:([\w.,:/@-]+)|'([^'\\]+)')", line, re.ASCII)
         env[found[1]] = found[2] or found[3]
+    file = tmp_path / "botserver.env"
+    file.write_text(lines)
+    command = ["sh", "-c", f"set -a; . {file}; env"]
+    read = subprocess.run(command, capture_output=True, text=True, env={}).stdout
+    assert {f"{name}={value}" for name, value in env.items()} <= {*read.splitlines()}
     config = Config.from_env(env)
     assert config.ai_extra_body == {"temperature": 0.5}
     assert config.ai_system_prompt == 'You are a pirate. Say "Ahoy" first.'

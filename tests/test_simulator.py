@@ -281,22 +281,6 @@ def test_an_answer_in_one_piece_takes_as_long_as_a_stream_and_breaks_off_too(sim
     poll(lambda: sim.ai_ended == 3, timeout=1)
 
 
-def test_the_demonstration_shows_questions_and_answers():
-    done = subprocess.run(
-        [sys.executable, "-m", "simulator"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "[one-to-one] jared: 你好" in done.stdout
-    assert "[one-to-one] Robot: You said: 你好" in done.stdout
-    assert "[group @TGS#demo] Robot: @lin You said: lin: hello from" in done.stdout
-    assert not done.stderr
-
-
 def test_the_demonstrations_bot_takes_every_setting_but_the_stand_ins():
     names = {item.name.upper() for item in dataclasses.fields(Config)}
     names = {name for name in names if not name.startswith(("AI_", "IM_"))}

@@ -378,7 +378,9 @@ def test_two_processes_of_eight_threads_lose_repeat_and_mix_up_nothing(kept, url
 MAKER = """
 print("ready", flush=True)
 input()
-Kind(sys.argv[1]).add(sys.argv[2], "", {})
+kept = Kind(sys.argv[1])
+kept.add(sys.argv[2], "", {})
+kept.close()
 """
 
 
