@@ -268,12 +268,12 @@ class Provider:
 
 def openai_event(event: Json, parts: list[str]) -> str | Json:
     """Add to `parts` the text of an event, and return its finish_reason."""
-    choice: Json = {}
-    match event:
-        case _ if find_error(event):
-            return event
-        case {"choices": [dict(choice), *_]}:
-            pass
+    if find_error(event):
+        return event
+    choices = event.get("choices")
+    choice = choices[0] if choices and isinstance(choices, list) else {}
+    if not isinstance(choice, dict):
+        choice = {}
     if whole := _text(choice.get("message")) or _text(event.get("reply")):
         parts.clear()
     parts.append(whole or _text(choice.get("delta")))
@@ -305,18 +305,13 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def find_error(body: Json) -> Json:
     """Return the part of a body that tells of an error, nothing if there is none."""
-    match body:
-        case {"error": dict(error)} if error:
-            return error
-        case {"error": error} if error:
-            return {**body, "message": error}
-        case {"base_resp": {"status_code": code, **base}} if str(code or 0) != "0":
-            return {"code": code, "message": base.get("status_msg")}
-        case {"choices": _}:
-            return {}
-        case {"message": _} | {"code": _}:
-            return body
-    return {}
+    error, base = body.get("error"), body.get("base_resp")
+    if error:
+        return error if isinstance(error, dict) else {**body, "message": error}
+    if isinstance(base, dict) and str(base.get("status_code") or 0) != "0":
+        return {"code": base["status_code"], "message": base.get("status_msg")}
+    odd = "choices" not in body and ("message" in body or "code" in body)
+    return body if odd else {}
 
 
 def _text(said: Any) -> str:
