@@ -31,6 +31,16 @@ logger = logging.getLogger(__name__)
 class GrowingReply(PlainReply):
     """What the replies below share."""
 
+    def open(self) -> None:
+        if not {"key", "plain"} & self.progress.keys():
+            with self._or_plain():
+                self.progress["at"] = OPENING
+                self._note(key=self.begin(), at=None)
+
+    def begin(self) -> Any:
+        """Send a message that can grow, and return by what Tencent knows it."""
+        raise NotImplementedError
+
     @contextmanager
     def _or_plain(self) -> Iterator[None]:
         """Go on with plain messages if IM refuses; raise what another try may mend."""
@@ -54,16 +64,11 @@ class EditedReply(GrowingReply):
 
     update_interval = 1.0
 
-    def open(self) -> None:
-        if "key" in self.progress:
-            return
-        with self._or_plain():
-            # After a crash the same bytes are sent, and Tencent returns the same key.
-            element = self.element("", finished=False)
-            self.progress["at"] = OPENING
-            answer = self.client.send(self.message, element, self.order, 0, True)
-            key = answer["MsgSeq" if self.message.group else "MsgKey"]
-            self._note(key=key, at=None)
+    def begin(self) -> Any:
+        # After a crash the same bytes are sent, and Tencent returns the same key.
+        element = self.element("", finished=False)
+        answer = self.client.send(self.message, element, self.order, 0, mention=True)
+        return answer["MsgSeq" if self.message.group else "MsgKey"]
 
     def update(self, text: str) -> None:
         if "key" in self.progress:
@@ -144,14 +149,14 @@ class StreamReply(GrowingReply):
         self._confirmed = self.progress.get("confirmed", 0.0)
 
     def open(self) -> None:
-        with self._or_plain():
-            if "key" not in self.progress:
-                self.progress["at"] = OPENING
-                key = self._push("", waits=PAUSES)["StreamMsgID"]
-                self._note(key=key, at=None)
-            elif self._index == 0:  # of a dead process: nobody knows what it has said
+        super().open()
+        if self._grows() and self._index == 0:
+            with self._or_plain():  # it is a dead process's: who knows what it has said
                 self._close_with(self.replaced, ORPHANED)
                 self.progress["plain"] = True
+
+    def begin(self) -> Any:
+        return self._push("", waits=PAUSES)["StreamMsgID"]
 
     def update(self, text: str) -> None:
         text = self._split(text)[0]

@@ -311,3 +311,16 @@ def test_a_text_that_takes_the_place_of_a_streams_is_sent_at_the_second_try(sim)
     stream.close("the answer")
     told = [message.text for message in sim.delivered]
     assert told == ["I think\n\n(replaced)", "the answer"]
+
+
+@each_mode
+def test_an_opening_that_counts_as_sent_is_not_made_again(sim, mode):
+    reply = make_reply(sim, MODES[mode])
+    sim.fault = lambda command, body: "late"
+    with pytest.raises(IMError):
+        reply.open()
+    sim.fault = lambda command, body: None
+    reply.assume_sent()
+    tries = len(sim.calls)
+    reply.open()
+    assert len(sim.calls) == tries
