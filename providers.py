@@ -1,14 +1,14 @@
 """The AI services: a chat goes in, the text of the answer so far comes out.
 
 To add a service that speaks OpenAI's format, add a line to PROVIDERS, at the end of
-this file; for one that does not, write a function like `minimax_completion` and name it
-there as `ask`. All keep the same promises: an end within the deadline, no thinking in
-the answer, three tries where that may help, a ProviderError for whatever goes wrong.
+this file; for one that does not, write a function like `openai_chat` and name it there
+as `ask`. All keep the same promises: an end within the deadline, no thinking in the
+answer, three tries where that may help, a ProviderError for whatever goes wrong.
 
-One that `remembers` its chats gets in `messages` only what is new, and as one more
-argument the chat's `memory`: a dict that is kept with the chat until the user clears
-it. It begins with a random "session" and the "user", whom the service may be told; what
-the function changes in it, such as the id of a conversation, it finds again.
+One that `remembers` its chats gets in a question's `messages` only what is new; its
+`memory` is kept with the chat until the user clears it. It begins with a random
+"session" and the "user", whom the service may be told; what the function changes in
+it, such as the id of a conversation, it finds again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,17 @@ class Service:
     keyless: bool = False  # it may be asked without a key
     images: bool = False  # whether the model reads pictures
     ask: Callable[..., Texts] | None = None  # if it has a format of its own
-    remembers: bool = False  # its chats itself: `ask` gets their memory, too
+    remembers: bool = False  # its chats itself
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a service is asked."""
+
+    messages: list[Json]  # OpenAI's
+    scope: CancelScope
+    update_interval: float  # seconds between two texts; 0 for the whole one alone
+    memory: Json
 
 
 class Provider:
@@ -133,11 +143,11 @@ class Provider:
         messages = [turn for turn in messages if str(turn["content"] or "").strip()]
         if not messages:
             raise ProviderError("empty", "the question holds no text")
-        ask, text = self.service.ask or openai_chat, ""
-        own = [memory or new_memory("operator")] if self.service.remembers else []
+        memory, text = memory or new_memory("operator"), ""
+        question = Question(messages, scope, update_interval, memory)
         for tried in count(1):
             try:
-                answer = ask(self, messages, scope, update_interval, *own)
+                answer = (self.service.ask or openai_chat)(self, question)
                 for text in filter(str.strip, answer):
                     yield text
                 if text:
@@ -146,7 +156,7 @@ class Provider:
             except ProviderError as error:
                 failure = error
             except CallEnded as error:
-                failure = ProviderError(error.reason, "no whole answer in time")
+                failure = ProviderError(str(error), "no whole answer in time")
             except (OSError, HTTPError, ValueError, RecursionError) as error:
                 kind = "setup" if isinstance(error, ValueError) else "busy"
                 name = type(error).__name__  # its text may hold the key
@@ -164,25 +174,21 @@ class Provider:
         return {name: value for name, value in fields.items() if value is not None}
 
     def complete(
-        self,
-        path: str,
-        body: Json,
-        scope: CancelScope,
-        update_interval: float,
-        read: Reader | None = None,  # of OpenAI's format, if there is none
+        self, path: str, body: Json, question: Question, read: Reader | None = None
     ) -> Texts:
         """Send a request and yield the answer so far, without its thinking.
 
         `read` adds the text of an event to the parts of the answer, or changes them,
-        and returns "stop" at the end, "" before, or the event if it tells of an error.
-        Raises ProviderError, after the last text if the answer is not whole.
+        and returns "stop" at the end, "" before, or the event if it tells of an error;
+        without it the format is OpenAI's. Raises ProviderError, after the last text if
+        the answer is not whole.
         """
+        scope = question.scope
         with self.send(path, body, scope) as response:
             if response.status_code != 200:
                 refusal = _json(b"".join(reads(response, scope)))
                 raise self.error(refusal, response)
-            reader = read or openai_event
-            yield from self._texts(response, scope, update_interval, reader)
+            yield from self._texts(response, question, read or openai_event)
             _finish(response, scope)
 
     def send(self, path: str, body: Json, scope: CancelScope) -> requests.Response:
@@ -227,16 +233,13 @@ class Provider:
         return kind
 
     def _texts(
-        self,
-        response: requests.Response,
-        scope: CancelScope,
-        update_interval: float,
-        read: Reader,
+        self, response: requests.Response, question: Question, read: Reader
     ) -> Texts:
         """Yield the answer so far whenever an update is due, and at its end.
 
         An error that ends a growing answer comes after the text that came before it.
         """
+        scope, update_interval = question.scope, question.update_interval
         parts: list[str] = []
         shown, finish, due, failure = "", "", 0.0, None
         try:
@@ -402,19 +405,16 @@ def without_thinking(text: str, final: bool = True) -> str:
     return text[start:]
 
 
-def openai_chat(
-    provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
-) -> Texts:
+def openai_chat(provider: Provider, question: Question) -> Texts:
     """Ask a service that has OpenAI's format."""
-    body = provider.body(messages=messages, stream=update_interval > 0)
-    return provider.complete("/chat/completions", body, scope, update_interval)
+    stream = question.update_interval > 0
+    body = provider.body(messages=question.messages, stream=stream)
+    return provider.complete("/chat/completions", body, question)
 
 
-def echo(
-    provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
-) -> Texts:
+def echo(provider: Provider, question: Question) -> Texts:
     """Say what the user said: for a machine without a key."""
-    yield words(messages[-1])
+    yield words(question.messages[-1])
 
 
 def words(turn: Json) -> str:

@@ -24,6 +24,7 @@ from providers import (
     Json,
     Provider,
     ProviderError,
+    Question,
     Service,
     Texts,
     as_text,
@@ -36,18 +37,13 @@ LONGEST_VISITOR = 64  # bytes of a user's name for ADP
 REPEATED = 20  # characters; a piece that begins with so many is all that came before
 
 
-def dify(
-    provider: Provider,
-    messages: list[Json],
-    scope: CancelScope,
-    update_interval: float,
-    memory: Json,
-) -> Texts:
+def dify(provider: Provider, question: Question) -> Texts:
     """Ask a Dify app; begin anew if it does not know the conversation any more.
 
     https://docs.dify.ai/en/api-reference/chat-messages/send-chat-message
     """
-    task, agent, known = "", False, memory.get("conversation_id", "")
+    memory, task, agent = question.memory, "", False
+    known = memory.get("conversation_id", "")
 
     def read(event: Json, parts: list[str]) -> str | Json:
         nonlocal task, agent
@@ -57,21 +53,22 @@ def dify(
         return read_dify(event, parts, agent)
 
     body = provider.body(
-        query=question(messages),
+        query=news(question),
         inputs={},
         user=memory["user"],
         conversation_id=known,
         response_mode="streaming",  # an Agent app knows no other
         files=[
             {"type": "image", "transfer_method": "remote_url", "url": url}
-            for url in pictures(messages)
+            for url in pictures(question)
         ],
     )
     path = "/chat-messages"
     try:
-        yield from provider.complete(path, body, scope, update_interval, read)
+        yield from provider.complete(path, body, question, read)
     except CallEnded:
-        stop = (provider, f"{path}/{quote(task, '')}/stop", memory["user"], scope.trace)
+        path, trace = f"{path}/{quote(task, '')}/stop", question.scope.trace
+        stop = (provider, path, memory["user"], trace)
         if task:
             threading.Thread(target=stop_dify, args=stop, daemon=True).start()
         raise
@@ -81,7 +78,7 @@ def dify(
         if not known:
             raise ProviderError("setup", str(error)) from None
         memory["conversation_id"] = ""
-        yield from dify(provider, messages, scope, update_interval, memory)
+        yield from dify(provider, question)
 
 
 def read_dify(event: Json, parts: list[str], agent: bool) -> str | Json:
@@ -119,33 +116,27 @@ def stop_dify(provider: Provider, path: str, user: str, trace: str) -> None:
             response.raw.read1(65536)
 
 
-def adp(
-    provider: Provider,
-    messages: list[Json],
-    scope: CancelScope,
-    update_interval: float,
-    memory: Json,
-) -> Texts:
+def adp(provider: Provider, question: Question) -> Texts:
     """Ask an app of ADP, which remembers by the session that we name.
 
     https://cloud.tencent.com/document/product/1759/105561
     """
-    user = memory["user"].encode()
+    user = question.memory["user"].encode()
     digest = hashlib.sha256(user).hexdigest()
-    images = [f"\n![]({url})" for url in pictures(messages)]
-    system = [turn["content"] for turn in messages if turn["role"] == "system"]
+    images = [f"\n![]({url})" for url in pictures(question)]
+    system = [turn["content"] for turn in question.messages if turn["role"] == "system"]
     body = provider.body(
         request_id=os.urandom(16).hex(),
         bot_app_key=provider.key,
-        session_id=memory["session"],
+        session_id=question.memory["session"],
         visitor_biz_id=user.decode() if len(user) <= LONGEST_VISITOR else digest,
-        content=question(messages) + "".join(images),
+        content=news(question) + "".join(images),
         system_role=system[0] if system else None,
         model_name=provider.model or None,
-        stream="enable" if update_interval else "disable",
+        stream="enable" if question.update_interval else "disable",
         streaming_throttle=100,  # characters, since each event repeats all before it
     )
-    return provider.complete("/qbot/chat/sse", body, scope, update_interval, read_adp)
+    return provider.complete("/qbot/chat/sse", body, question, read_adp)
 
 
 def read_adp(event: Json, parts: list[str]) -> str:
@@ -161,22 +152,20 @@ def read_adp(event: Json, parts: list[str]) -> str:
     return ""
 
 
-def question(messages: list[Json]) -> str:
+def news(question: Question) -> str:
     """Return what is new in the chat, as one text."""
-    return as_text([turn for turn in messages if turn["role"] != "system"])
+    return as_text([turn for turn in question.messages if turn["role"] != "system"])
 
 
-def pictures(messages: list[Json]) -> list[str]:
+def pictures(question: Question) -> list[str]:
     """Return the URLs of the pictures in a question."""
-    parts = messages[-1]["content"]
+    parts = question.messages[-1]["content"]
     if isinstance(parts, str):
         return []
     return [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
 
 
-def minimax_completion(
-    provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
-) -> Texts:
+def minimax_completion(provider: Provider, question: Question) -> Texts:
     """Ask as Tencent's tutorial does: MiniMax's old endpoint, a prompt in, a reply out.
 
     https://www.tencentcloud.com/document/product/1047/54925
@@ -187,9 +176,9 @@ def minimax_completion(
         claims = {}
     group = claims.get("GroupID") or claims.get("group_id")
     path = f"/text/completion?GroupId={group}" if group else "/text/completion"
-    prompt = as_text(messages) + ("\nassistant:" if messages[1:] else "")
-    body = provider.body(prompt=prompt)
-    return provider.complete(path, body, scope, update_interval)
+    end = "\nassistant:" if question.messages[1:] else ""
+    body = provider.body(prompt=as_text(question.messages) + end)
+    return provider.complete(path, body, question)
 
 
 def zhipu_token(key: str) -> str:

@@ -34,11 +34,7 @@ HEADERS = {"User-Agent": default_user_agent(), "Accept": "*/*"}
 
 
 class CallEnded(Exception):
-    """A call was ended before it was over; `reason` is "stopped" or "slow"."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """A call was ended before it was over: its text is "stopped" or "slow"."""
 
 
 class CancelScope:
