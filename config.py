@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from providers import PROVIDERS, Provider, Service
 from session import Session
@@ -100,7 +101,15 @@ def matching(must_be: str, pattern: str) -> Kind:
 
 def one_of(*choices: str) -> Kind:
     """Return the kind of one word out of some."""
-    return matching(f"one of: {', '.join(choices)}", "|".join(choices))
+    return matching(f"one of: {', '.join(choices)}", "|".join(map(re.escape, choices)))
+
+
+def address(text: str) -> str:
+    """Return an HTTP address as it is. Raises ValueError."""
+    url = urlsplit(text)
+    if url.scheme not in ("https", "http") or not url.hostname:
+        raise ValueError
+    return text
 
 
 def robots_file(path: str) -> dict[str, Persona]:
@@ -146,10 +155,7 @@ def read(cls: Any, texts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 SWITCH = {"0": False, "no": False, "false": False, "1": True, "yes": True, "true": True}
 TEXT = Kind("a text", str)
 FLAG = Kind("0 or 1", lambda text: SWITCH[text.lower()])
-ADDRESS = matching(
-    "an address with https:// or http://",
-    r"(?i)https?://([^\s:/?#@\[\]][^\[\]]*|\[[\da-f:.]+\].*)",
-)
+ADDRESS = Kind("an address with https:// or http://", address)
 VARIABLE = matching("the name of a variable of the environment", r"[A-Za-z_]\w*")
 JSON = Kind("a JSON object", lambda text: {**json.loads(text)})
 LIST = Kind(
