@@ -217,6 +217,8 @@ class Missed:
             with self._or_warning(message.id):
                 if message.robot:
                     self._look_up(message)
+                    # Clients sort what one second brings by MsgSeq, which is made of seq.
+                    self.store.renumber(claim)
                 elif self._is_last(message.id):
                     self._list(work, message)
         except IMError as error:

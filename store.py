@@ -215,6 +215,11 @@ class Store:
         """
         self._write_in_turn("release", _held(claim, delay=delay, uncounted=1 - failed))
 
+    def renumber(self, claim: Claim) -> None:
+        """Let the seqs of what waits behind a claim grow from turn to turn. Messages
+        that were worked on keep theirs."""
+        self._write_in_turn(renumber_step, _held(claim))
+
     def cancel(self, conversation: str) -> bool:
         """Stop the work on a conversation, also if it begins later; False if there is
         none."""
@@ -554,15 +559,8 @@ SQL = {
         RETURNING 1""",
     # End a claim: of a conversation's only open message, or of one of several.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
-    # If the next message was accepted before this one, it waits: clients sort the
-    # answers of one second by MsgSeq, which comes of seq.
     "free": f"""UPDATE conversation
-        SET open = open - 1, token = NULL, attempts = 0, cancelled = 0,
-            due = {{now}} + CASE WHEN 0 < (SELECT sent FROM message WHERE seq = :seq)
-                AND :seq > (SELECT seq FROM message
-                    WHERE conversation = :conversation AND state = 'open'
-                        AND seq <> :seq ORDER BY sent, seq LIMIT 1)
-                THEN 1 ELSE 0 END
+        SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0
         WHERE {_HELD} RETURNING 1""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,
             state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,
@@ -574,6 +572,11 @@ SQL = {
     "release": f"""UPDATE conversation SET token = NULL, due = {{now}} + :delay,
             attempts = attempts - :uncounted
         WHERE {_HELD}""",
+    "held": f"SELECT 1 FROM conversation WHERE {_HELD} {{lock}}",
+    "unbegun": """SELECT seq FROM message
+        WHERE conversation = :conversation AND state = 'open' AND seq <> :seq
+            AND reply IS NULL AND progress IS NULL ORDER BY sent, seq""",
+    "number": "UPDATE message SET seq = :new WHERE seq = :old",
     "cancel": """UPDATE conversation SET cancelled = 1
         WHERE name = :conversation RETURNING 1""",
     "history": """SELECT data, reply FROM message
@@ -625,6 +628,19 @@ def end_step(execute: Execute, values: Data) -> bool:
         return False
     execute(values["end"], values)
     return True
+
+
+def renumber_step(execute: Execute, values: Data) -> None:
+    """Exchange the seqs of messages; nothing if the claim was lost."""
+    rows = execute("unbegun", values) if execute("held", values) else []
+    olds = [seq for (seq,) in rows]
+    moves = [
+        (old, new) for old, new in zip(olds, sorted(olds), strict=True) if old != new
+    ]
+    for old, _ in moves:  # out of the way
+        execute("number", {"old": old, "new": -old})
+    for old, new in moves:
+        execute("number", {"old": -old, "new": new})
 
 
 def forget_step(execute: Execute, values: Data) -> None:

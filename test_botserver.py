@@ -111,6 +111,19 @@ def test_a_question_is_answered_one_to_one(im):
     assert answer.text == "You said: hello (question 1 of our chat)"
 
 
+def test_what_was_missed_while_no_server_ran_is_answered(sim, make_app):
+    app = make_app()
+    Caller(sim, app.test_client()).say("before")
+    sim.wait(1)
+    app.extensions["bot"].close(drain=5)
+    away = {"a server": time.time() - 60}  # when it was last well
+    app.extensions["bot"].store.put("well", away)
+    sim.say("jared", "@RBT#001", "meanwhile")
+    make_app()
+    sim.wait(2)
+    assert said_to(sim, "jared") == ["before", "meanwhile"]
+
+
 def test_the_chat_is_remembered_and_thinking_is_not(im):
     im.sim.ai_answer = lambda messages: f"<think>hm</think>answer {len(messages)}"
     for number in range(1, 4):

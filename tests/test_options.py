@@ -15,6 +15,7 @@ from conftest import HERE
 OPTIONS = {
     "growing": "modify or custom or stream or button or card",
     "postgres": "postgres",
+    "missed": "missed",
     "cli": "command_line",
     "services": "dify or adp",
 }

@@ -23,7 +23,7 @@ OPERATIONS = [HERE / "docs/operations.md", HERE / "docs/operations.zh-CN.md"]
 PLATFORMS = [HERE / "docs/services.md", HERE / "docs/services.zh-CN.md"]
 PAGES = [*READMES, *SETTINGS, *OPERATIONS, *PLATFORMS]
 SHIPPED = {*ASKED, "minimax-completion", "openai-compatible", "echo", "dify", "adp"}
-OPTIONAL = ["growing.py", "postgres.py", "cli.py", "services.py"]
+OPTIONAL = ["growing.py", "postgres.py", "cli.py", "services.py", "missed.py"]
 
 
 def name(page):

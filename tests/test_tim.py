@@ -86,7 +86,7 @@ def test_the_quoted_message_is_read_and_what_is_broken_is_ignored(data, quote):
     ],
 )
 def test_a_field_of_the_wrong_type_is_named(im, field, value):
-    answer = im.say(**{field: value})
+    answer = im.post(im.sim.say("jared", "@RBT#001", "hi") | {field: value})
     assert answer.status_code == 400
     info = answer.get_json()["ErrorInfo"]
     assert field in info or "TIMTextElem" in info
