@@ -140,17 +140,14 @@ class Missed:
         self.window: Json | None = None  # that is open: its id, since when, opened at
         self._well_at = time.time()  # when this process was last well
         self._young_until = 0.0  # if this process was the first of its server
-        self._lock = threading.Lock()  # held during a beat
         self._warned: set[str] = set()  # of which a refusal was logged
         workers.beat = self.beat
 
     def beat(self) -> None:
         """Note that this server is well; open a window if callbacks may have failed."""
-        with self._lock:
-            if not self.workers.draining:
-                self._beat(server_name(), time.time())
-
-    def _beat(self, server: str, now: float) -> None:
+        if self.workers.draining:
+            return
+        server, now = server_name(), time.time()
         well, last = self.store.get("well") or {}, self.store.get("missed") or {}
         is_open = last and self.store.state(last["id"]) in (None, "open")
         first, self.window = self.window is None, last if is_open else {}
@@ -182,11 +179,11 @@ class Missed:
         since = int(max(min(silent), now - self.config.catch_up))
         if self.window:
             since = min(since, self.window["since"])
-        id = f"missed\t{max(silent)}"
-        self.window = {"id": id, "since": since, "at": now}
+        job = Message(f"missed\t{max(silent)}", "", "", "", kind="missed", sent=since)
+        self.window = {"id": job.id, "since": since, "at": now}
         self.store.put("missed", self.window)
-        job = Message(id, "", "", "", kind="missed", sent=since)
-        if self.store.add(job.id, "missed", job.data(), sent=now) == Added.NEW:
+        added = self.workers.add(job.id, "missed", job.data(), reply="", sent=now)
+        if added == Added.NEW:
             logger.info("callbacks may have failed in the last %.0f s", now - since)
 
     def guard(self, message: Message, conversation: str) -> bool:
@@ -205,19 +202,33 @@ class Missed:
         state = self.store.state(id)
         if state is None:
             task = replace(chat, id=id, text="", images=(), kind="missed", sent=since)
-            self.store.add(id, conversation, task.data())
+            self.workers.add(id, conversation, task.data(), reply="")
         return state in (None, "open")
 
-    def run(self, work: InFlight, message: Message) -> None:
-        """Do a job or a task."""
+    def comes_first(self, work: InFlight, message: Message) -> bool:
+        """Do a job or a task, or put a message back that one has to come before."""
+        claim = work.claim
+        if message.kind == "missed":
+            self._run(work, message)
+            return True
+        begun = claim.reply is not None or claim.progress
+        if begun or not self.guard(message, claim.conversation):
+            return False
+        self.store.release(claim, 0.0)
+        self.workers.wake()
+        return True
+
+    def _run(self, work: InFlight, message: Message) -> None:
         claim = work.claim
         if message.robot and (delay := self.history.delay()):
             return self.store.release(claim, delay)
         try:
             with self._or_warning(message.id):
-                if message.robot:
+                if claim.spent:
+                    logger.warning("%s is given up", claim.id)
+                elif message.robot:
                     self._look_up(message)
-                    # Clients sort what one second brings by MsgSeq, which is made of seq.
+                    # Clients sort a second's answers by MsgSeq, which is made of seq.
                     self.store.renumber(claim)
                 elif self._is_last(message.id):
                     self._list(work, message)
@@ -259,7 +270,6 @@ class Missed:
             chat = Message("", robot, user, "", group)
             key = chat.conversation(self.config.group_memory == "member")
             if self._add_task(window, chat, key):
-                self.workers.wake()
                 time.sleep(1 / RATE)
 
     def _look_up(self, task: Message) -> None:
@@ -291,6 +301,8 @@ class Missed:
     def is_absent(self, message: Message, order: int, part: int) -> bool:
         """Return whether Tencent surely does not have a part of an answer: it lists the
         question and not this part. Raises IMError if it may say so later."""
+        if part < 1 or message.topic:
+            return False  # nobody knows
         _, chance = tim.numbers(message.id, order, part)
         asked = message.id.split("\t")[-3:-1]
         with self._or_warning("\tanswers"):

@@ -441,8 +441,8 @@ def test_two_processes_that_notice_the_same_open_one_window(stopped):
 def test_work_that_is_left_is_ended_by_a_bot_without_the_option(stopped):
     job = tim.Message("missed\t1.0", "", "", "", kind="missed")
     task = tim.Message("missed\t1.0\tx", ROBOT, "jared", "", kind="missed")
-    stopped.store.add(job.id, "missed", job.data())
-    stopped.store.add(task.id, task.conversation(), task.data())
+    stopped.store.add(job.id, "missed", job.data(), reply="")
+    stopped.store.add(task.id, task.conversation(), task.data(), reply="")
     stopped.start(catch_up=0).im.say("after")
     assert stopped.answered() == ["before", "after"] and not stopped.store.failed()
 

@@ -519,15 +519,14 @@ def test_a_turn_that_begins_with_its_reply_is_remembered_on_request(kept):
     assert kept.state("4") == "failed" and len(kept.history("jared", 9)) == 2
 
 
-def test_history_gives_the_last_turns_oldest_first(kept, monkeypatch):
-    monkeypatch.setattr(store, "HISTORY_LIMIT", 6)
+def test_history_gives_the_last_turns_oldest_first(kept):
     for number in range(8):
         put(kept, str(number))
         answer(kept, f"reply {number}")
     put(kept, "open", to="jared")
     assert texts(kept, limit=0) == []
     assert texts(kept, limit=2) == [("text of 6", "reply 6"), ("text of 7", "reply 7")]
-    assert len(texts(kept, limit=7)) == 6
+    assert len(texts(kept, limit=9)) == 8
     assert kept.add("0", "jared", {}) == KNOWN
 
 
