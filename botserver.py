@@ -17,16 +17,14 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 from flask import Flask, request
@@ -45,12 +43,13 @@ from config import (
     load,
     misspelt,
 )
-from providers import Provider, ProviderError, new_memory, words
+from providers import Provider, ProviderError, new_memory
+from questions import make_chat, news, redact
 from replies import PlainReply
 from session import CancelScope
 from store import MAX_ATTEMPTS, MINUTE, NO_LIMIT, Added, Store, StoreError
 from usersig import BadSignature, check_callback
-from workers import InFlight, LeaseLost, Workers, log_failure
+from workers import InFlight, LeaseLost, Workers
 
 __version__ = "1.1.0"
 OK = {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
@@ -64,7 +63,6 @@ PATIENCE_WITH_MESSAGE = 120  # the same, if it is this one message that IM refus
 KNOWN_C2C, KNOWN_GROUP = 50, 230
 SAVE_PATIENCE = 10.0  # seconds in which a store that is away is asked to save an answer
 DRAIN = 20.0  # seconds for answers in work when the server stops
-HISTORY_CHARACTERS = 24_000  # of old turns in one question
 
 Json = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -93,19 +91,6 @@ def read_messages(
     return tim.parse(str(name), event, nicks)
 
 
-class Said(NamedTuple):
-    """What is to be sent as the answer to a message; an empty text is not sent."""
-
-    text: str
-    note: str = ""  # what is shown below the text, but never remembered
-    remember: bool = False  # the text, in the memory of the chat
-    failed: bool = False  # it says why there is no answer
-
-    def shown(self) -> str:
-        """Return all that the user sees."""
-        return "\n\n".join(filter(None, (self.text, self.note)))
-
-
 @dataclass(eq=False)
 class Job:
     """A message that is being answered."""
@@ -127,100 +112,83 @@ class Bot:
         self.shared_memory = config.group_memory == "group"
         retention = config.retention_days * 86400
         self.workers = Workers(store, self.answer, config.worker_threads, retention)
-        self._providers: dict[Persona, Provider] = {}
-        modes = {config.reply_mode, *(p.reply_mode for p in config.robots.values())}
+        personas = {Persona(), *config.robots.values()}
+        self._providers = {persona: config.provider(persona) for persona in personas}
+        modes = {config.reply_mode, *(persona.reply_mode for persona in personas)}
         self._replies = {mode: load(REPLIES, mode) for mode in modes if mode}
         self.missed: Any = None  # what looks for messages whose callbacks failed
         for name in CATCHING_UP if config.catch_up else ():
-            parts = (config, store, im, self.workers, self.accept_missed)
-            self.missed = resolve_name(name)(*parts)
+            found = partial(self.accept, was_missed=True)
+            self.missed = resolve_name(name)(config, store, im, self.workers, found)
 
     def provider(self, robot: str) -> Provider:
         """Return the AI service of a robot."""
-        persona = self.config.persona(robot)
-        if persona not in self._providers:
-            self._providers[persona] = self.config.provider(persona)
-        return self._providers[persona]
+        return self._providers[self.config.persona(robot)]
 
-    def accept(self, message: tim.Message) -> None:
-        """Store a message and wake a thread for it. Raises StoreError."""
-        if self.workers.backlog >= self.config.max_backlog:
+    def accept(self, message: tim.Message, was_missed: bool = False) -> None:
+        """Store a message and wake a thread for it. Raises StoreError.
+
+        If it is refused, the chat is told why, unless it `was_missed`.
+        """
+        if not was_missed and self.workers.backlog >= self.config.max_backlog:
             raise StoreError("too many messages wait (MAX_BACKLOG)")
         chat = message.conversation(per_member=not self.shared_memory)
         if not self._allows(message):
-            self._refuse(message, chat, "not_allowed")
+            why = "not_allowed"
         elif commands.is_stop(message):
-            self._stop(message, chat)
+            why = "stop"
         else:
-            if self.missed:
+            if self.missed and not was_missed:
                 self.missed.guard(message, chat)
-            added = self._add(message, chat)
-            if added in (Added.QUEUE_FULL, Added.RATE_LIMITED):
-                self._refuse(message, chat, added)
-
-    def accept_missed(self, message: tim.Message) -> None:
-        """Store a message that came by no callback; nobody is told if it is refused."""
-        if self._allows(message) and not commands.is_stop(message):
-            chat = message.conversation(per_member=not self.shared_memory)
-            self._add(message, chat)
-
-    def _add(self, message: tim.Message, chat: str) -> Added:
-        room, rate = self.config.max_waiting, self.config.rate_limit or NO_LIMIT
-        limits, sent = (message.user, room, rate), message.sent
-        added = self.store.add(message.id, chat, message.data(), *limits, sent=sent)
-        self._wake(added)
-        return added
+            rate, room = self.config.rate_limit or NO_LIMIT, self.config.max_waiting
+            limits: Json = {"asker": message.user, "room": room, "rate": rate}
+            limits["sent"] = message.sent
+            why = self.workers.add(message.id, chat, message.data(), **limits)
+        if why not in (Added.NEW, Added.KNOWN) and not was_missed:
+            self._tell(message, chat, why)
 
     def _allows(self, message: tim.Message) -> bool:
         users, groups = self.config.allow_users, self.config.allow_groups
         known_user = not users or message.user in users
         return known_user and (not groups or message.group in ("", *groups))
 
-    def _refuse(self, message: tim.Message, chat: str, reason: str) -> None:
-        """Tell a chat why messages are refused, unless it was told lately.
-
-        The answer is there already, and does not wait behind those of the chat.
-        """
-        every = MINUTE if reason == Added.RATE_LIMITED else NOTICE_EVERY
-        place = (message.robot, message.group or message.user)
-        id = "\t".join((reason, *place, f"{time.time() // every:.0f}"))
-        empty = replace(message, text="", quote="", images=())  # nobody needs them
-        text = self.texts[reason]
-        self._wake(self.store.add(id, f"{chat}\tnotice", empty.data(), reply=text))
-
-    def _stop(self, message: tim.Message, chat: str) -> None:
-        """Stop the answer of a chat. The confirmation does not wait behind it."""
-        text = "" if message.kind == "stop" else self.texts["stop"]
-        data, beside = message.data(), f"{chat}\tstop"
-        room = self.config.max_waiting
-        added = self.store.add(message.id, beside, data, room=room, reply=text)
-        if added == Added.NEW:
+    def _tell(self, message: tim.Message, chat: str, why: str) -> None:
+        """Say that an answer is stopped, or, unless it was said lately, why messages
+        are refused. It does not wait behind the answers of the chat."""
+        id, text = message.id, self.texts[why]
+        if why != "stop":
+            every = MINUTE if why == Added.RATE_LIMITED else NOTICE_EVERY
+            place = (message.robot, message.group or message.user)
+            id = "\t".join((why, *place, f"{time.time() // every:.0f}"))
+        elif message.kind == "stop":
+            text = ""  # who presses the button sees that
+        about = replace(message, text="", quote="", images=())  # nobody needs them
+        beside, room = f"{chat}\tnotice", self.config.max_waiting
+        added = self.workers.add(id, beside, about.data(), room=room, reply=text)
+        if why == "stop" and added == Added.NEW:
             self.workers.cancel(chat)
-        self._wake(added)
-
-    def _wake(self, added: Added) -> None:
-        if added == Added.NEW:
-            self.workers.backlog += 1
-            self.workers.wake()
 
     def answer(self, work: InFlight) -> None:
         """Answer a message that a thread of the pool has claimed.
 
         Raises LeaseLost, StoreError; the pool gives the message back then.
         """
-        job, began = self._begin(work), time.monotonic()
-        if self._missed_first(job):
+        message = read_message(work.claim.data)
+        if self.missed and self.missed.comes_first(work, message):
             return
+        job, began = self._begin(work, message), time.monotonic()
         try:
             if work.claim.spent:
                 return self._give_up(
                     job, f"its work was cut short {MAX_ATTEMPTS} times"
                 )
             self._forget_unsure(job)
-            said = self._saved(job) or self._say(job)
+            text = work.claim.reply  # of a process that is dead, or could not send it
+            if text is None:
+                text = self._say(job)
             asked = time.monotonic()
-            if text := said.shown():
-                job.reply.close(text, said.failed)
+            if shown := "\n\n".join(filter(None, (text, job.progress.get("note")))):
+                job.reply.close(shown, failed=not text)
         except tim.IMError as error:
             return self._not_sent(job, error)
         # It is sent: if the store is away now, it must not be sent again.
@@ -230,35 +198,15 @@ class Bot:
         line = "%s: %s, ai %d ms, im %d ms, %d parts"
         logger.info(line, work.claim.id, job.outcome, *took, job.reply.parts)
 
-    def _missed_first(self, job: Job) -> bool:
-        """Look up what was missed, if that is the work, or has to come before it."""
-        message, claim = job.message, job.work.claim
-        if message.kind == "missed":
-            if self.missed and not claim.spent:
-                self.missed.run(job.work, message)
-            else:
-                self.workers.when_store_works(self.store.finish, claim)
-            return True
-        begun = claim.reply is not None or claim.progress
-        if (
-            begun
-            or not self.missed
-            or not self.missed.guard(message, claim.conversation)
-        ):
-            return False
-        self.store.release(claim, 0.0)
-        self.workers.wake()
-        return True
-
-    def _begin(self, work: InFlight) -> Job:
-        message, progress = read_message(work.claim.data), dict(work.claim.progress)
+    def _begin(self, work: InFlight, message: tim.Message) -> Job:
+        progress = dict(work.claim.progress)
         mode = self.config.persona(message.robot).reply_mode or self.config.reply_mode
         reply: PlainReply = self._replies[mode](
             self.im,
             message,
             work.claim.seq,
             progress,
-            partial(self._note, work),
+            partial(self._save, work, None),
             self.texts["replaced"],
         )
         trace = tim.numbers(message.id, work.claim.seq, 0)[1]
@@ -269,93 +217,74 @@ class Bot:
     def _save(
         self, work: InFlight, text: str | None, progress: Json, remember: bool = False
     ) -> None:
-        if not self.store.save_reply(work.claim, text, progress, remember):
-            raise LeaseLost
+        """Save an answer, and how far it is sent.
 
-    def _note(self, work: InFlight, progress: Json) -> None:
-        """Keep how far sending has come; if the store is away, it stays in memory."""
-        with suppress(StoreError):
-            self._save(work, None, progress)
+        If the store is away, an answer waits for it: it was paid for. Progress without
+        one stays in memory.
+        """
+        end = time.monotonic() + SAVE_PATIENCE
+        while True:
+            try:
+                if not self.store.save_reply(work.claim, text, progress, remember):
+                    raise LeaseLost
+                return
+            except StoreError:
+                if text is None:
+                    return
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.5)
 
     def _keep_alive(self, reply: PlainReply) -> None:
         if time.monotonic() - reply.last_sent > reply.keep_alive_after:
             self.workers.in_background(reply.keep_alive)
 
-    def _saved(self, job: Job) -> Said | None:
-        """Return the answer that was saved before, perhaps by a process now dead."""
-        text, progress = job.work.claim.reply, job.progress
-        note, failed = progress.get("note", ""), bool(progress.get("failed"))
-        return None if text is None else Said(text, note, failed=failed)
-
-    def _say(self, job: Job) -> Said:
+    def _say(self, job: Job) -> str:
         """Return the answer, saved: a restart sends it, and does not pay for it again.
 
         Raises tim.IMError if the reply cannot be opened.
         """
-        if builtin := self._builtin_reply(job):
-            said = Said(builtin)
-        else:
+        remember = False
+        if not (text := self._builtin_reply(job)):
             job.reply.open()
-            said = self.ask(job)
-        job.progress |= {"note": said.note, "failed": said.failed}
-        remember = said.remember and self.config.history_turns > 0
-        self._save_patiently(job, said.text, remember)
-        return said
-
-    def _save_patiently(self, job: Job, text: str, remember: bool) -> None:
-        """Save an answer, also if the store is away for a moment: it was paid for."""
-        end = time.monotonic() + SAVE_PATIENCE
-        while True:
-            try:
-                return self._save(job.work, text, job.progress, remember)
-            except StoreError:
-                if time.monotonic() > end:
-                    raise
-            time.sleep(0.5)
+            text, remember = self.ask(job)
+        remember = remember and self.config.history_turns > 0
+        self._save(job.work, text, job.progress, remember)
+        return text
 
     def _builtin_reply(self, job: Job) -> str:
         """Return what the bot itself says; "" to ask the AI."""
-        message = job.message
+        message, chat = job.message, job.work.claim.conversation
         if message.kind == "unsupported":
             return self.texts["unsupported"]
-        if found := commands.find(message):
-            return self._run_command(job, *found)
+        shared = bool(message.group) and self.shared_memory
+        where = (message, chat, self.store, self.config.bot_language, shared)
+        if said := commands.answer(commands.Chat(*where)):
+            return said
         sees = self.provider(message.robot).service.images
         readable = message.text or message.quote or sees
         return "" if readable else self.texts["no_vision"]
 
-    def _run_command(self, job: Job, command: commands.Command, argument: str) -> str:
-        message, chat = job.message, job.work.claim.conversation
-        shared = bool(message.group) and self.shared_memory
-        where = (message, chat, self.store, self.config.bot_language, shared)
-        try:
-            return command.run(commands.Chat(*where), argument)
-        except StoreError:
-            raise
-        except Exception as error:
-            log_failure(f"{job.work.claim.id}: the command", error)
-            return self.texts["command_failed"]
+    def ask(self, job: Job) -> tuple[str, bool]:
+        """Return the AI's answer, shown while it grows, and whether to remember it.
 
-    def ask(self, job: Job) -> Said:
-        """Return the AI's answer, shown while it grows, or why there is none."""
-        job.outcome, text = "answered", ""
-        provider = self.provider(job.message.robot)
+        If there is none, or half of one, `progress` has a note that says why.
+        """
+        job.outcome, text, remember = "answered", "", True
+        provider, name = self.provider(job.message.robot), job.work.claim.conversation
         memory = self._memory(job) if provider.service.remembers else None
         chat, interval = self._chat(job, provider, memory), job.reply.update_interval
         try:
             for text in provider.chat(chat, job.scope, interval, memory):
                 if not job.scope.ended:  # else it is saved and closed at once
                     job.reply.update(text)
-            said = Said(text, remember=True)
         except ProviderError as error:
             if job.work.lost:
                 raise LeaseLost from None
-            said = self._cut(job, error, text, chat)
-        if not memory:
-            return said
-        name = job.work.claim.conversation
-        self.workers.when_store_works(self.store.put, name, memory)
-        return said._replace(remember=False)  # the service does
+            text, remember = self._cut(job, error, text, chat)
+        if memory:
+            self.workers.when_store_works(self.store.put, name, memory)
+        return text, remember and not memory  # or the service remembers it
 
     def _memory(self, job: Job) -> Json:
         """Return what a service that remembers knows the chat by."""
@@ -367,65 +296,33 @@ class Bot:
             self.store.put(name, memory)  # after a crash the session is the same
         return memory
 
-    def _cut(self, job: Job, error: ProviderError, text: str, chat: list[Json]) -> Said:
-        """Return what to show instead of an answer, or after half of one."""
+    def _cut(
+        self, job: Job, error: ProviderError, text: str, chat: list[Json]
+    ) -> tuple[str, bool]:
+        """Note why an answer is not whole; return it, and whether to remember it."""
         job.outcome, why = error.kind, self.texts.get(error.kind, self.texts["busy"])
-        if error.kind in ("stopped", "length"):
-            return Said(text, why, remember=bool(text))
-        details = redact(str(error), chat)
-        logger.warning("no answer for %s: %s", job.work.claim.id, details)
-        if not text:
-            return Said(why, failed=True)
-        return Said(text, self.texts["cut"].format(why))
+        wanted = error.kind in ("stopped", "length")
+        if wanted and not text:
+            return why, False  # it is no failure
+        if not wanted:
+            details = redact(str(error), chat)
+            logger.warning("no answer for %s: %s", job.work.claim.id, details)
+        half = text and not wanted
+        job.progress["note"] = self.texts["cut"].format(why) if half else why
+        return text, wanted
 
     def _chat(self, job: Job, provider: Provider, memory: Json | None) -> list[Json]:
-        """Return the question as the AI service gets it: prompt, old turns, new one."""
-        message, chat = job.message, job.work.claim.conversation
-        turns = [{"role": "user", "content": self._question(message, provider)}]
-        room, history = HISTORY_CHARACTERS, self._history(chat, memory)
-        for old, reply in history[::-1]:
-            asked = self._spoken(old)
-            room -= len(asked) + len(reply)
-            if room < 0:
-                break
-            turns.append({"role": "assistant", "content": reply})
-            turns.append({"role": "user", "content": asked})
-        prompt = self.config.persona(message.robot).system_prompt
-        prompt = prompt or self.config.ai_system_prompt
-        if memory and prompt == Config.ai_system_prompt:
-            prompt = ""  # nobody set it, and the service has one of its own
-        return [*turns, {"role": "system", "content": prompt}][::-1]
-
-    def _history(self, chat: str, memory: Json | None) -> list[tuple[tim.Message, str]]:
-        """Return the old turns of a chat. A service that remembers does not know those
-        that began with the robot since it was asked last."""
-        found = self.store.history(chat, self.config.history_turns)
+        """Return the question as the AI service gets it, with what came before."""
+        message, config = job.message, self.config
+        found = self.store.history(job.work.claim.conversation, config.history_turns)
         turns = [(read_message(data), reply) for data, reply in found]
+        prompt = config.persona(message.robot).system_prompt or config.ai_system_prompt
         if memory:
-            turns = [turn for turn in turns if turn[0].kind == "said"]
-            ids = [message.id for message, _ in turns]
-            if memory.get("told") in ids:
-                turns = turns[ids.index(memory["told"]) + 1 :]
-            memory["told"] = ids[-1] if ids else ""
-        return turns
-
-    def _spoken(self, message: tim.Message) -> str:
-        """Return a question as a turn of the chat. In a group its first line says who
-        asked; the others are indented, so that none looks like another member's."""
-        text = message.text or ("[image]" if message.images else "")
-        if message.quote:
-            lines = [f"> {line}" for line in message.quote.splitlines()]
-            text = "\n".join([*lines, "", text]).rstrip()
-        if not (text and message.group and self.shared_memory):
-            return text
-        return f"{message.user}: {text}".replace("\n", "\n    ")
-
-    def _question(self, message: tim.Message, provider: Provider) -> Any:
-        text = self._spoken(message)
-        if not message.images or not provider.service.images:
-            return text
-        urls = [{"type": "image_url", "image_url": {"url": u}} for u in message.images]
-        return [{"type": "text", "text": text}, *urls]
+            turns = news(turns, memory)
+            if prompt == Config.ai_system_prompt:
+                prompt = ""  # nobody set it, and the service has one of its own
+        images = provider.service.images
+        return make_chat(prompt, turns, message, self.shared_memory, images)
 
     def _not_sent(self, job: Job, error: tim.IMError) -> None:
         """Send an answer later that IM did not take, or give it up."""
@@ -438,7 +335,7 @@ class Bot:
         logger.warning("%s; trying again in %.0f s: %s", claim.id, delay, error)
         if error.may_have_arrived and progress.get("at") is not None:
             progress.setdefault("unsure", {}).setdefault(str(progress["at"]), now)
-        self._note(job.work, progress)
+        self._save(job.work, None, progress)
         self.workers.when_store_works(self.store.release, claim, delay)
 
     def _forget_unsure(self, job: Job) -> None:
@@ -447,25 +344,21 @@ class Bot:
         unsure, part = job.progress.get("unsure", {}), str(job.progress.get("at"))
         known = KNOWN_GROUP if job.message.group else KNOWN_C2C
         age = time.time() - unsure.get(part, time.time())
-        if part in unsure and not 0 <= age <= known:  # the clock may be set back
-            again = self._is_absent(job, int(part))
-            del unsure[part]
-            what = "did not arrive" if again else "counts as sent, unconfirmed"
-            logger.warning("%s %s", job.work.claim.id, what)
-            if not again:
-                job.reply.assume_sent()
-
-    def _is_absent(self, job: Job, part: int) -> bool:
-        """Return whether Tencent's history surely lacks a part of an answer."""
-        if part < 0 or not self.missed:
-            return False  # nobody knows
-        found = self.missed.is_absent(job.message, job.work.claim.seq, part + 1)
-        return bool(found)
+        if part not in unsure or 0 <= age <= known:  # the clock may be set back
+            return
+        again = self.missed and self.missed.is_absent(
+            job.message, job.work.claim.seq, int(part) + 1
+        )
+        del unsure[part]
+        what = "did not arrive" if again else "counts as sent, unconfirmed"
+        logger.warning("%s %s", job.work.claim.id, what)
+        if not again:
+            job.reply.assume_sent()
 
     def _give_up(self, job: Job, reason: str) -> None:
         """Tell the user that no answer comes, and leave the message to the operator."""
         try:
-            if job.message.kind != "said":  # else nobody waits for it
+            if job.message.kind not in ("said", "missed"):  # else nobody waits for it
                 job.reply.give_up(self.texts["undeliverable"])
         except tim.IMError as error:
             logger.warning("%s: the user is not told: %s", job.work.claim.id, error)
@@ -479,17 +372,6 @@ class Bot:
 def read_message(data: Json) -> tim.Message:
     """Return the message that the store kept as `data`."""
     return tim.Message(**data | {"images": tuple(data["images"])})
-
-
-def redact(details: str, chat: list[Json]) -> str:
-    """Return an error's details for the log, in short if they repeat what was said."""
-    said = [words(turn) for turn in chat if turn["role"] != "system"]
-    told, all_said = details.encode(), "\n".join(said).encode()
-    pieces = (told[start : start + 12] for start in range(len(told) - 11))
-    quotes = any(piece in all_said for piece in pieces)
-    if quotes or any(len(text) > 2 and text in details for text in said):
-        return f"{details.split(': ')[0]}: (it repeats the chat)"
-    return details
 
 
 def make_bot(config: Config | None = None) -> Bot:
@@ -519,7 +401,6 @@ def create_app(config: Config | None = None) -> Flask:
     for line in misspelt(os.environ, config.ai_secret_keys):
         logger.warning(line)
     add_routes(app, bot)
-    leave_on_sigterm(bot)
     atexit.register(bot.close)
     sys.setswitchinterval(0.002)  # seconds; with 0.005 callbacks wait for threads
     bot.workers.start()
@@ -573,20 +454,18 @@ def read_body() -> bytes:
 
 
 def refuse(status: int, why: str) -> tuple[Json, int]:
-    """Return an error in Tencent's shape."""
+    """Return an error in Tencent's shape.
+
+    What was not read of the body is read, or the connection would be of no use.
+    """
     if request.path == "/im":
         logger.warning("callback refused with %d: %s", status, why)
-    read_rest()
-    return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
-
-
-def read_rest() -> None:
-    """Read a body to its end, or the connection would be of no use afterwards."""
     if request.environ.get("wsgi.input_terminated"):
         with suppress(Exception):  # it is broken, and gunicorn closes
             for _ in range(0, LARGEST_REST, PIECE):
                 if not request.environ["wsgi.input"].read(PIECE):
                     break
+    return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
 
 
 def set_up_logging(level: str) -> None:
@@ -604,15 +483,3 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return re.sub("\t+", " ", super().format(record))
-
-
-def leave_on_sigterm(bot: Bot) -> None:
-    """Claim no more when gunicorn stops a worker, not seconds later at its exit."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def leave(number: int, frame: Any) -> None:
-        bot.workers.draining = True
-        before(number, frame)  # type: ignore[operator,misc]
-
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, leave)

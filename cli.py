@@ -56,20 +56,6 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
 
 
 @command
-@click.argument("text")
-def ask(config: Config, text: str) -> None:
-    """Ask the AI service TEXT, once, and print its answer."""
-    click.echo(answer(config, Persona(), config.ai_system_prompt, text))
-
-
-def answer(config: Config, persona: Persona, prompt: str, text: str) -> str:
-    """Return a persona's whole answer to a question. Raises ProviderError."""
-    chat = [{"role": "system", "content": prompt}, {"role": "user", "content": text}]
-    *_, said = config.provider(persona).chat(chat, CancelScope(config.ai_timeout))
-    return said
-
-
-@command
 @click.argument("userid")
 @click.option("--nick", default="", help="The name that users see.")
 def create_robot(config: Config, userid: str, nick: str) -> None:
@@ -91,12 +77,6 @@ def delete_robot(config: Config, userid: str) -> None:
     body = {"Robot_Account": userid}
     config.im_client().call(f"{ROBOT_API}/delete_robot", body)
     click.echo(f"{userid} is deleted.")
-
-
-@command
-def robots(config: Config) -> None:
-    """List the app's chatbot accounts."""
-    click.echo("\n".join(config.im_client().robots()) or "There is no robot yet.")
 
 
 @command
@@ -215,10 +195,10 @@ def check_history(config: Config) -> str:
 
 def check_ai(config: Config) -> str:
     """Say how fast each AI service answers."""
-    seen = []
+    seen, question = [], [{"role": "user", "content": "Say OK."}]
     for persona in {Persona(), *config.robots.values()}:
         began, provider = time.monotonic(), config.provider(persona)
-        answer(config, persona, "", "Say OK.")
+        list(provider.chat(question, CancelScope(config.ai_timeout)))
         name = f"{persona.provider or config.ai_provider} {provider.model}".strip()
         seen.append(f"{name} in {time.monotonic() - began:.1f} s")
     return f"answers: {', '.join(seen)}"

@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from store import Store
+from store import Store, StoreError
 from tim import Message
+from workers import log_failure
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,20 @@ def find(message: Message) -> tuple[Command, str] | None:
         if first.lower() in (name, command.name) and (command.takes or not argument):
             return command, argument
     return None
+
+
+def answer(chat: Chat) -> str:
+    """Return the answer to a command, "" if the message is none."""
+    if not (found := find(chat.message)):
+        return ""
+    command, argument = found
+    try:
+        return command.run(chat, argument)
+    except StoreError:
+        raise
+    except Exception as error:
+        log_failure(f"{chat.message.id}: the command", error)
+        return TEXTS[chat.language]["command_failed"]
 
 
 def is_stop(message: Message) -> bool:

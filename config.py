@@ -37,8 +37,10 @@ STORES = {  # the scheme of DATABASE_URL -> where messages wait
 }
 SERVICES: dict[str, Service | str] = {  # AI_PROVIDER -> a service, or where it is
     **PROVIDERS,
-    "dify": "agents:DIFY",
-    "adp": "agents:ADP",
+    "dify": "services:DIFY",
+    "adp": "services:ADP",
+    "zhipu": "services:ZHIPU",
+    "minimax-completion": "services:MINIMAX_COMPLETION",
 }
 COMMAND_LINE = [  # what `flask --app botserver` can do besides `run`
     "cli:COMMANDS",
@@ -58,17 +60,13 @@ class ConfigError(Exception):
 
 def load(registry: Mapping[str, Any], name: str) -> Any:
     """Return what a registry has under a name. Raises ConfigError."""
+    if not isinstance(registry[name], str):
+        return registry[name]
     try:
         return resolve_name(registry[name])
     except (ImportError, AttributeError) as error:
         where = f"{name} is {registry[name]}, which cannot be loaded"
         raise ConfigError(f"{where}: {error}; see requirements.txt") from None
-
-
-def service(name: str) -> Service:
-    """Return an AI service. Raises ConfigError."""
-    found = SERVICES[name]
-    return load(SERVICES, name) if isinstance(found, str) else found
 
 
 class Kind(NamedTuple):
@@ -90,9 +88,20 @@ def number(kind: type, low: float, high: float = 2**53) -> Kind:
     return Kind(f"a number of at least {low}{most}", read)
 
 
+def matching(must_be: str, pattern: str) -> Kind:
+    """Return the kind of texts that match a pattern."""
+
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise ValueError
+        return text
+
+    return Kind(must_be, read)
+
+
 def one_of(*choices: str) -> Kind:
     """Return the kind of one word out of some."""
-    return Kind(f"one of: {', '.join(choices)}", {c: c for c in choices}.__getitem__)
+    return matching(f"one of: {', '.join(choices)}", "|".join(map(re.escape, choices)))
 
 
 def address(text: str) -> str:
@@ -101,18 +110,6 @@ def address(text: str) -> str:
     if url.scheme not in ("https", "http") or not url.hostname:
         raise ValueError
     return text
-
-
-def variable(text: str) -> str:
-    """Return the name of a variable as it is. Raises ValueError: it may be a key."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text, re.ASCII):
-        raise ValueError
-    return text
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """Return words that have commas between them."""
-    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def robots_file(path: str) -> dict[str, Persona]:
@@ -159,9 +156,13 @@ SWITCH = {"0": False, "no": False, "false": False, "1": True, "yes": True, "true
 TEXT = Kind("a text", str)
 FLAG = Kind("0 or 1", lambda text: SWITCH[text.lower()])
 ADDRESS = Kind("an address with https:// or http://", address)
-VARIABLE = Kind("the name of a variable of the environment", variable)
+VARIABLE = matching("the name of a variable of the environment", r"[A-Za-z_]\w*")
 JSON = Kind("a JSON object", lambda text: {**json.loads(text)})
-LIST = Kind("words with commas between them", listed)
+LIST = Kind(
+    "words with commas between them",
+    lambda text: tuple(filter(None, map(str.strip, text.split(",")))),
+)
+DATABASE = matching(f"a URL of one of: {', '.join(STORES)}", f"({'|'.join(STORES)}):.*")
 PERSONAS = Kind("a file of personas", robots_file)
 
 
@@ -206,7 +207,7 @@ class Config:
     ai_timeout: float = setting(60.0, number(float, 1))  # seconds, a whole answer
     reply_mode: str = setting("whole", one_of(*REPLIES))
     worker_threads: int = setting(64, number(int, 1))  # answers at once, per process
-    database_url: str = setting("sqlite:///botserver.db", secret=True)
+    database_url: str = setting("sqlite:///botserver.db", DATABASE, secret=True)
     retention_days: float = setting(7.0, number(float, 1))
     history_turns: int = setting(20, number(int, 0, 50))
     group_memory: str = setting("group", one_of("group", "member"))
@@ -249,14 +250,13 @@ class Config:
                 "IM_CALLBACK_TOKEN is missing: without it anybody can spend your AI "
                 "budget. Set ALLOW_UNSIGNED=1 if that is what you want."
             )
-        if self.database_url.partition(":")[0] not in STORES:
-            wrong.append(f"DATABASE_URL must begin with one of: {', '.join(STORES)}.")
         for persona in {Persona(), *self.robots.values()}:
             name = persona.provider or self.ai_provider
-            setting, key, url, *_ = self._given(persona)
-            if not key and not service(name).keyless:
+            ai = self.provider(persona)
+            if not ai.key and not ai.service.keyless:
+                setting = self._key_setting(persona)
                 wrong.append(f"{setting} is missing: the AI service {name} needs one.")
-            if not (url or service(name).url or service(name).ask):
+            if not ai.url and not ai.service.ask:
                 wrong.append(f"AI_BASE_URL is missing: {name} has no address itself.")
         return sorted({*wrong})
 
@@ -265,24 +265,24 @@ class Config:
         return self.robots.get(robot, Persona())
 
     def provider(self, persona: Persona) -> Provider:
-        """Return the AI service of a persona, with the key that is set for it."""
-        found = service(persona.provider or self.ai_provider)
-        _, key, url, model, extra = self._given(persona)
-        session = Session(url or found.url, self.worker_threads)
-        return Provider(found, key, url, model, extra, session)
-
-    def _given(self, persona: Persona) -> tuple[str, str, str, str, dict[str, Any]]:
-        """Return the variable of a persona's key, the key, and the address, model and
-        extra fields that are set for its AI service."""
+        """Return the AI service of a persona, with what is set for it."""
         name = persona.provider or self.ai_provider
-        main = name == self.ai_provider
-        setting = persona.secret_key_env or key_name(name)
-        key = self.ai_secret_keys.get(setting, "")
-        if main and not persona.secret_key_env:
-            setting, key = "AI_SECRET_KEY", self.ai_secret_key
-        url = persona.base_url or (self.ai_base_url if main else "")
-        model = persona.model or (self.ai_model if main else "")
-        return setting, key, url, model, self.ai_extra_body if main else {}
+        service: Service = load(SERVICES, name)
+        keys = {"AI_SECRET_KEY": self.ai_secret_key} | self.ai_secret_keys
+        key = keys.get(self._key_setting(persona), "")
+        url, model, extra = persona.base_url, persona.model, {}
+        if name == self.ai_provider:
+            url, model = url or self.ai_base_url, model or self.ai_model
+            extra = self.ai_extra_body
+        session = Session(url or service.url, self.worker_threads)
+        return Provider(service, key, url, model, extra, session)
+
+    def _key_setting(self, persona: Persona) -> str:
+        """Return the variable that holds the key of a persona's AI service."""
+        if persona.secret_key_env:
+            return persona.secret_key_env
+        own = persona.provider not in ("", self.ai_provider)
+        return key_name(persona.provider) if own else "AI_SECRET_KEY"
 
     def im_client(self) -> Client:
         """Return Tencent IM's REST API."""

@@ -31,6 +31,16 @@ logger = logging.getLogger(__name__)
 class GrowingReply(PlainReply):
     """What the replies below share."""
 
+    def open(self) -> None:
+        if not {"key", "plain"} & self.progress.keys():
+            with self._or_plain():
+                self.progress["at"] = OPENING
+                self._note(key=self.begin(), at=None)
+
+    def begin(self) -> Any:
+        """Send a message that can grow, and return by what Tencent knows it."""
+        raise NotImplementedError
+
     @contextmanager
     def _or_plain(self) -> Iterator[None]:
         """Go on with plain messages if IM refuses; raise what another try may mend."""
@@ -54,16 +64,11 @@ class EditedReply(GrowingReply):
 
     update_interval = 1.0
 
-    def open(self) -> None:
-        if "key" in self.progress:
-            return
-        with self._or_plain():
-            # After a crash the same bytes are sent, and Tencent returns the same key.
-            element = self.element("", finished=False)
-            self.progress["at"] = OPENING
-            answer = self.client.send(self.message, element, self.order, 0, True)
-            key = answer["MsgSeq" if self.message.group else "MsgKey"]
-            self._note(key=key, at=None)
+    def begin(self) -> Any:
+        # After a crash the same bytes are sent, and Tencent returns the same key.
+        element = self.element("", finished=False)
+        answer = self.client.send(self.message, element, self.order, 0, mention=True)
+        return answer["MsgSeq" if self.message.group else "MsgKey"]
 
     def update(self, text: str) -> None:
         if "key" in self.progress:
@@ -72,16 +77,16 @@ class EditedReply(GrowingReply):
 
     def close(self, text: str, failed: bool = False) -> None:
         parts = self._split(text)
-        shown = "closed" in self.progress or self._finish(parts[0], failed)
-        if shown:
-            self.progress["closed"] = True
-        else:
-            self._finish(self.replaced, failed=False)
-        self._send_parts(parts, int(shown))
+        if "sent" not in self.progress:
+            if self._finish(parts[0], failed):
+                self.progress["sent"] = 1
+            else:
+                self._finish(self.replaced, failed=False)
+        self._send_parts(parts)
 
     def give_up(self, text: str) -> None:
-        # A message that was closed holds the first part of the answer, and keeps it.
-        if "closed" in self.progress or not self._finish(self._mention + text, True):
+        # A part of the answer that is shown stays.
+        if "sent" in self.progress or not self._finish(self._mention + text, True):
             super().give_up(text)
 
     def _finish(self, text: str, failed: bool) -> bool:
@@ -144,14 +149,14 @@ class StreamReply(GrowingReply):
         self._confirmed = self.progress.get("confirmed", 0.0)
 
     def open(self) -> None:
-        with self._or_plain():
-            if "key" not in self.progress:
-                self.progress["at"] = OPENING
-                key = self._push("", waits=PAUSES)["StreamMsgID"]
-                self._note(key=key, at=None)
-            elif self._index == 0:  # of a dead process: nobody knows what it has said
+        super().open()
+        if self._grows() and self._index == 0:
+            with self._or_plain():  # it is a dead process's: who knows what it has said
                 self._close_with(self.replaced, ORPHANED)
                 self.progress["plain"] = True
+
+    def begin(self) -> Any:
+        return self._push("", waits=PAUSES)["StreamMsgID"]
 
     def update(self, text: str) -> None:
         text = self._split(text)[0]
@@ -167,7 +172,7 @@ class StreamReply(GrowingReply):
                 self._lock.release()
 
     def close(self, text: str, failed: bool = False) -> None:
-        parts, complete = self._split(text), False
+        parts = self._split(text)
         with self._lock:
             self.keep_alive_after = math.inf
             if self._grows():
@@ -176,14 +181,13 @@ class StreamReply(GrowingReply):
             if "key" in self.progress:
                 now = {"said": self._said, "index": self._index}
                 self._note(**now, confirmed=self._confirmed)
-            if self._grows():
+            if self._grows() and "sent" not in self.progress:
                 with self._or_plain():
-                    complete = self._complete(parts[0], tried)
-        if complete:
-            return self._send_parts(parts, 1)
-        # What the stream does not show goes as plain messages.
-        self.progress["said"] = self._said
-        self._send_parts(split("".join(parts).removeprefix(self._said)), 0)
+                    self._complete(parts[0], tried)
+        if not self._grows():  # what the stream does not show goes as plain messages
+            self.progress["said"] = self._said
+            parts = split("".join(parts).removeprefix(self._said))
+        self._send_parts(parts)
 
     def give_up(self, text: str) -> None:
         with self._lock:
@@ -203,25 +207,24 @@ class StreamReply(GrowingReply):
             with suppress(IMError), self._or_plain():
                 self._push(text if self._pending is None else self._pending)
 
-    def _complete(self, text: str, tried: bool) -> bool:
-        """Send the rest and close the stream; return whether it shows the text.
+    def _complete(self, text: str, tried: bool) -> None:
+        """Send the rest and close the stream; go plain if it has said another text.
 
         A stream that is closed although it was not silent was closed by an earlier try.
         If nobody knows, the rest is sent once more: shown twice is better than never.
         """
+        fits = text.startswith(self._said + (self._pending or ""))
         try:
             if self._pending is not None:
                 self._push(self._pending, waits=PAUSES)
-            fits = text.startswith(self._said)
             rest = text.removeprefix(self._said) if fits else f"\n\n{self.replaced}"
             self._push(rest, last=True, waits=PAUSES)
-            return fits
         except IMError as error:  # perhaps after a pause
             fresh = 0 <= time.time() - self._confirmed < SILENCE
             closed = not error.retry and error.code not in MEANING
-            if closed and fresh and (tried or error.may_have_arrived):
-                return True
-            raise
+            if not (closed and fresh and (tried or error.may_have_arrived)):
+                raise
+        self.progress |= {"sent": 1} if fits else {"plain": True}
 
     def _close_with(self, text: str, index: int) -> None:
         """Close the stream with one more paragraph, whatever was said before."""

@@ -139,29 +139,25 @@ class Missed:
         self.window: Json | None = None  # that is open: its id, since when, opened at
         self._well_at = time.time()  # when this process was last well
         self._began = 0.0  # when this process found that its server had begun
-        self._lock = threading.Lock()  # held during a beat
         self._warned: set[str] = set()  # of which a refusal was logged
         workers.beat = self.beat
 
     def beat(self) -> None:
         """Note that this server is well; open a window if callbacks may have failed."""
-        with self._lock:
-            if not self.workers.draining:
-                self._beat(server_name(), time.time())
-
-    def _beat(self, server: str, now: float) -> None:
+        if self.workers.draining:
+            return
+        server, now = server_name(), time.time()
         well, last = self.store.get("well") or {}, self.store.get("missed") or {}
         is_open = last and self.store.state(last["id"]) in (None, "open")
-        first, self.window = self.window is None, last if is_open else {}
-        silent = self._silent(server, well, now)
-        if first and not silent and well.keys() - {server}:
+        window, silent = last if is_open else {}, self._silent(server, well, now)
+        if self.window is None and not silent and well.keys() - {server}:
             self.workers.hold(OTHERS_GAP)  # until it is clear whether others are well
         if self.refused_at > max(self._well_at, last.get("at", 0.0)):
-            if is_open or not self._is_calm():
+            if not self._is_calm():
+                self.window = window
                 return  # later
             silent.append(self._well_at)
-        if silent:
-            self._open(silent, now)
+        self.window = self._open(silent, window, now) if silent else window
         well = {s: at for s, at in well.items() if now - at < AWAY and at not in silent}
         self.store.put("well", well | {server: now})
         self._well_at = now
@@ -178,22 +174,22 @@ class Missed:
             return []
         return [at for at in well.values() if at < min(self._began, now - OTHERS_GAP)]
 
-    def _open(self, silent: list[float], now: float) -> None:
-        """Open a window that begins at the first of these times."""
+    def _open(self, silent: list[float], still_open: Json, now: float) -> Json:
+        """Open a window that begins at the first of these times; return it."""
         since = int(max(min(silent), now - self.config.catch_up))
-        if self.window:
-            since = min(since, self.window["since"])
-        id = f"missed\t{max(silent)}"
-        self.window = {"id": id, "since": since, "at": now}
-        self.store.put("missed", self.window)
-        job = Message(id, "", "", "", kind="missed", sent=since)
-        if self.store.add(job.id, "missed", job.data(), sent=now) == Added.NEW:
+        since = min(since, still_open.get("since", since))
+        job = Message(f"missed\t{max(silent)}", "", "", "", kind="missed", sent=since)
+        window = {"id": job.id, "since": since, "at": now}
+        self.store.put("missed", window)
+        added = self.workers.add(job.id, "missed", job.data(), reply="", sent=now)
+        if added == Added.NEW:
             logger.info("callbacks may have failed in the last %.0f s", now - since)
+        return window
 
     def guard(self, message: Message, conversation: str) -> bool:
         """Return whether a conversation has to be looked up before it goes on."""
         refused = self.refused_at > self._well_at and self._is_calm()
-        if self.window is None or refused and not self.window:
+        if self.window is None or refused:
             self.beat()
         if not self.window or message.topic:
             return False
@@ -207,18 +203,34 @@ class Missed:
         if state is None:
             place = (chat.robot, chat.user, "", chat.group)
             task = Message(id, *place, kind="missed", sent=since)
-            self.store.add(id, conversation, task.data())
+            self.workers.add(id, conversation, task.data(), reply="")
         return state in (None, "open")
 
-    def run(self, work: InFlight, message: Message) -> None:
-        """Do a job or a task."""
+    def comes_first(self, work: InFlight, message: Message) -> bool:
+        """Do a job or a task, or put a message back that one has to come before."""
+        claim = work.claim
+        if message.kind == "missed":
+            self._run(work, message)
+            return True
+        begun = claim.reply is not None or claim.progress
+        if begun or not self.guard(message, claim.conversation):
+            return False
+        self.store.release(claim, 0.0)
+        self.workers.wake()
+        return True
+
+    def _run(self, work: InFlight, message: Message) -> None:
         claim = work.claim
         if message.robot and (delay := self.history.delay()):
             return self.store.release(claim, delay)
         try:
             with self._or_warning(message.id):
-                if message.robot:
+                if claim.spent:
+                    logger.warning("%s is given up", claim.id)
+                elif message.robot:
                     self._look_up(message)
+                    # Clients sort a second by MsgSeq, which is made of seq.
+                    self.store.renumber(claim)
                 elif self._is_last(message.id):
                     self._list(work, message)
         except IMError as error:
@@ -259,7 +271,6 @@ class Missed:
             chat = Message("", robot, user, "", group)
             key = chat.conversation(self.config.group_memory == "member")
             if self._add_task(window, chat, key):
-                self.workers.wake()
                 time.sleep(1 / RATE)
 
     def _look_up(self, task: Message) -> None:
@@ -295,6 +306,8 @@ class Missed:
     def is_absent(self, message: Message, order: int, part: int) -> bool:
         """Return whether Tencent surely does not have a part of an answer: it lists the
         question and not this part. Raises IMError if it may say so later."""
+        if part < 1 or message.topic:
+            return False  # nobody knows
         _, chance = tim.numbers(message.id, order, part)
         asked = message.id.split("\t")[-3:-1]
         with self._or_warning("\tanswers"):

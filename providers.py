@@ -1,14 +1,14 @@
 """The AI services: a chat goes in, the text of the answer so far comes out.
 
 To add a service that speaks OpenAI's format, add a line to PROVIDERS, at the end of
-this file; for one that does not, write a function like `minimax_completion` and name it
-there as `ask`. All keep the same promises: an end within the deadline, no thinking in
-the answer, three tries where that may help, a ProviderError for whatever goes wrong.
+this file; for one that does not, write a function like `openai_chat` and name it there
+as `ask`. All keep the same promises: an end within the deadline, no thinking in the
+answer, three tries where that may help, a ProviderError for whatever goes wrong.
 
-One that `remembers` its chats gets in `messages` only what is new, and as one more
-argument the chat's `memory`: a dict that is kept with the chat until the user clears
-it. It begins with a random "session" and the "user", whom the service may be told; what
-the function changes in it, such as the id of a conversation, it finds again.
+One that `remembers` its chats gets in a question's `messages` only what is new; its
+`memory` is kept with the chat until the user clears it. It begins with a random
+"session" and the "user", whom the service may be told; what the function changes in
+it, such as the id of a conversation, it finds again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import count
 from typing import Any
 
-import jwt
 import requests
 from urllib3.exceptions import HTTPError
 
@@ -55,8 +54,7 @@ class ProviderError(Exception):
 
     def __init__(self, kind: str, details: str, wait: float | None = None) -> None:
         super().__init__(details)
-        self.kind, self.retry = kind, kind in TRIES
-        self.wait = wait  # seconds, from Retry-After
+        self.kind, self.wait = kind, wait  # seconds, from Retry-After
 
 
 def kinds(**codes: str) -> dict[str, str]:
@@ -81,29 +79,7 @@ MINIMAX = kinds(  # https://platform.minimax.io/docs/api-reference/errorcode
     quota="1008 1028 1030 2054 2056 2061",
     setup="1004 1042 1043 1044 2013 2037 2038 2039 2042 2048 2049 20132",
 )
-ZHIPU = kinds(  # https://docs.bigmodel.cn/cn/api/api-code
-    busy="500 1120 1234 1302 1303 1305 1312",
-    once="1003 1230",
-    filter="1300 1301",
-    quota="1113 1304 1308 1309 1310 1311 1313",
-    long="1261",
-    setup="1000 1001 1002 1004 1100 1110 1111 1112 1121 1200 1210 1211 1212 1213 1214 "
-    "1215 1220 1221 1222 1231",
-)
 TRACES = ("trace-id", "minimax-request-id", "x-mm-request-id", "x-request-id")
-
-
-@contextmanager
-def _as_provider_errors() -> Iterator[None]:
-    """Turn what ends a call into the ProviderError that it means."""
-    try:
-        yield
-    except CallEnded as error:
-        raise ProviderError(error.reason, "no whole answer in time") from None
-    except (OSError, HTTPError, ValueError, RecursionError) as error:
-        kind = "setup" if isinstance(error, ValueError) else "busy"
-        name = type(error).__name__  # its text may hold the key
-        raise ProviderError(kind, f"no connection, or cut: {name}") from None
 
 
 @dataclass(frozen=True)
@@ -119,7 +95,17 @@ class Service:
     keyless: bool = False  # it may be asked without a key
     images: bool = False  # whether the model reads pictures
     ask: Callable[..., Texts] | None = None  # if it has a format of its own
-    remembers: bool = False  # its chats itself: `ask` gets their memory, too
+    remembers: bool = False  # its chats itself
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a service is asked."""
+
+    messages: list[Json]  # OpenAI's
+    scope: CancelScope
+    update_interval: float  # seconds between two texts; 0 for the whole one alone
+    memory: Json
 
 
 class Provider:
@@ -157,23 +143,29 @@ class Provider:
         messages = [turn for turn in messages if str(turn["content"] or "").strip()]
         if not messages:
             raise ProviderError("empty", "the question holds no text")
-        ask, text = self.service.ask or openai_chat, ""
-        own = [memory or new_memory("operator")] if self.service.remembers else []
+        memory, text = memory or new_memory("operator"), ""
+        question = Question(messages, scope, update_interval, memory)
         for tried in count(1):
             try:
-                with _as_provider_errors():
-                    answer = ask(self, messages, scope, update_interval, *own)
-                    for text in filter(str.strip, answer):
-                        yield text
+                answer = (self.service.ask or openai_chat)(self, question)
+                for text in filter(str.strip, answer):
+                    yield text
                 if text:
                     return
-                raise ProviderError("empty", "the answer holds no text")
+                failure = ProviderError("empty", "the answer holds no text")
             except ProviderError as error:
-                delay = error.wait or 2 ** (tried - 2) * random.uniform(0.75, 1)
-                too_late = delay > min(LONGEST_WAIT, scope.remaining())
-                if text or too_late or tried >= TRIES.get(error.kind, 1):
-                    raise
-                scope.cancelled.wait(delay)
+                failure = error
+            except CallEnded as error:
+                failure = ProviderError(str(error), "no whole answer in time")
+            except (OSError, HTTPError, ValueError, RecursionError) as error:
+                kind = "setup" if isinstance(error, ValueError) else "busy"
+                name = type(error).__name__  # its text may hold the key
+                failure = ProviderError(kind, f"no connection, or cut: {name}")
+            delay = failure.wait or 2 ** (tried - 2) * random.uniform(0.75, 1)
+            too_late = delay > min(LONGEST_WAIT, scope.remaining())
+            if text or too_late or tried >= TRIES.get(failure.kind, 1):
+                raise failure from None
+            scope.cancelled.wait(delay)
 
     def body(self, **fields: Any) -> Json:
         """Return a request's body; a null in an extra takes a field out."""
@@ -182,25 +174,21 @@ class Provider:
         return {name: value for name, value in fields.items() if value is not None}
 
     def complete(
-        self,
-        path: str,
-        body: Json,
-        scope: CancelScope,
-        update_interval: float,
-        read: Reader | None = None,  # of OpenAI's format, if there is none
+        self, path: str, body: Json, question: Question, read: Reader | None = None
     ) -> Texts:
         """Send a request and yield the answer so far, without its thinking.
 
         `read` adds the text of an event to the parts of the answer, or changes them,
-        and returns "stop" at the end, "" before, or the event if it tells of an error.
-        Raises ProviderError, after the last text if the answer is not whole.
+        and returns "stop" at the end, "" before, or the event if it tells of an error;
+        without it the format is OpenAI's. Raises ProviderError, after the last text if
+        the answer is not whole.
         """
+        scope = question.scope
         with self.send(path, body, scope) as response:
             if response.status_code != 200:
                 refusal = _json(b"".join(reads(response, scope)))
                 raise self.error(refusal, response)
-            reader = read or openai_event
-            yield from self._texts(response, scope, update_interval, reader)
+            yield from self._texts(response, question, read or openai_event)
             _finish(response, scope)
 
     def send(self, path: str, body: Json, scope: CancelScope) -> requests.Response:
@@ -214,7 +202,7 @@ class Provider:
         left = scope.remaining()  # a host may have several addresses to connect to
         timeout = (min(CONNECT_TIMEOUT, left / 4 + 0.1), left + 1)
         with scope:
-            return self.session.post(self.url + path, data, headers, timeout, True)
+            return self.session.post(self.url + path, data, headers, timeout)
 
     def error(self, body: Json, response: requests.Response) -> ProviderError:
         """Return the error that a body, its HTTP status and headers mean."""
@@ -245,16 +233,13 @@ class Provider:
         return kind
 
     def _texts(
-        self,
-        response: requests.Response,
-        scope: CancelScope,
-        update_interval: float,
-        read: Reader,
+        self, response: requests.Response, question: Question, read: Reader
     ) -> Texts:
         """Yield the answer so far whenever an update is due, and at its end.
 
         An error that ends a growing answer comes after the text that came before it.
         """
+        scope, update_interval = question.scope, question.update_interval
         parts: list[str] = []
         shown, finish, due, failure = "", "", 0.0, None
         try:
@@ -263,17 +248,16 @@ class Provider:
                     told = event if event.get("error") else read(event, parts)
                     if isinstance(told, dict):
                         raise self.error(event, response)
-                    finish = told
+                    if finish := told:
+                        break
                 elif update_interval and time.monotonic() >= due:
                     so_far = without_thinking("".join(parts), final=False)
                     if so_far != shown:
                         yield so_far
                         shown, due = so_far, time.monotonic() + update_interval
-                if finish:
-                    break
-            if finish in NAMES or not finish:
-                kind, why = NAMES.get(finish, "busy"), finish or "no finish_reason"
-                raise ProviderError(kind, f"the answer ended with {why}")
+            if not finish or finish in NAMES:
+                why = f"the answer ended with {finish or 'no finish_reason'}"
+                raise ProviderError(NAMES.get(finish, "busy"), why)
         except Exception as error:
             failure = error
         scope.ended, answer = True, without_thinking("".join(parts))
@@ -290,7 +274,9 @@ def openai_event(event: Json, parts: list[str]) -> str | Json:
     if find_error(event):
         return event
     choices = event.get("choices")
-    choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
+    choice = choices[0] if choices and isinstance(choices, list) else {}
+    if not isinstance(choice, dict):
+        choice = {}
     if whole := _text(choice.get("message")) or _text(event.get("reply")):
         parts.clear()
     parts.append(whole or _text(choice.get("delta")))
@@ -320,16 +306,12 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def _dict(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
 def find_error(body: Json) -> Json:
     """Return the part of a body that tells of an error, nothing if there is none."""
-    error, base = body.get("error"), _dict(body.get("base_resp"))
+    error, base = body.get("error"), body.get("base_resp")
     if error:
         return error if isinstance(error, dict) else {**body, "message": error}
-    if str(base.get("status_code") or 0) != "0":
+    if isinstance(base, dict) and str(base.get("status_code") or 0) != "0":
         return {"code": base["status_code"], "message": base.get("status_msg")}
     odd = "choices" not in body and ("message" in body or "code" in body)
     return body if odd else {}
@@ -423,37 +405,16 @@ def without_thinking(text: str, final: bool = True) -> str:
     return text[start:]
 
 
-def openai_chat(
-    provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
-) -> Texts:
+def openai_chat(provider: Provider, question: Question) -> Texts:
     """Ask a service that has OpenAI's format."""
-    body = provider.body(messages=messages, stream=update_interval > 0)
-    return provider.complete("/chat/completions", body, scope, update_interval)
+    stream = question.update_interval > 0
+    body = provider.body(messages=question.messages, stream=stream)
+    return provider.complete("/chat/completions", body, question)
 
 
-def minimax_completion(
-    provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
-) -> Texts:
-    """Ask as Tencent's tutorial does: MiniMax's old endpoint, a prompt in, a reply out.
-
-    https://www.tencentcloud.com/document/product/1047/54925
-    """
-    try:  # an old key is a JWT that names its group; reading it decides nothing
-        claims = jwt.decode(provider.key, options={"verify_signature": False})
-    except jwt.PyJWTError:
-        claims = {}
-    group = claims.get("GroupID") or claims.get("group_id")
-    path = f"/text/completion?GroupId={group}" if group else "/text/completion"
-    prompt = as_text(messages) + ("\nassistant:" if messages[1:] else "")
-    body = provider.body(prompt=prompt)
-    return provider.complete(path, body, scope, update_interval)
-
-
-def echo(
-    provider: Provider, messages: list[Json], scope: CancelScope, update_interval: float
-) -> Texts:
+def echo(provider: Provider, question: Question) -> Texts:
     """Say what the user said: for a machine without a key."""
-    yield words(messages[-1])
+    yield words(question.messages[-1])
 
 
 def words(turn: Json) -> str:
@@ -476,23 +437,6 @@ def new_memory(user: str) -> Json:
     return {"session": os.urandom(16).hex(), "user": user}
 
 
-def zhipu_token(key: str) -> str:
-    """Return a fresh token made from Zhipu's id.secret key, or another key as it is.
-
-    Both times are in milliseconds, unlike a usual JWT's.
-    https://docs.bigmodel.cn/cn/guide/develop/http/introduction
-    """
-    name, dot, secret = key.partition(".")
-    if not dot or "." in secret:
-        return key
-    now = time.time_ns() // 10**6
-    return jwt.encode(
-        {"api_key": name, "exp": now + 300_000, "timestamp": now},
-        secret.encode().ljust(32, b"\0"),  # the same to HMAC, and long enough for PyJWT
-        headers={"sign_type": "SIGN"},
-    )
-
-
 # How a service is told not to think before it answers.
 OFF: Json = {"thinking": {"type": "disabled"}}
 QWEN_OFF: Json = {"enable_thinking": False}
@@ -503,16 +447,6 @@ CAP = "max_completion_tokens"
 PROVIDERS = {
     "minimax": Service(
         "https://api.minimaxi.com/v1", "MiniMax-M3", OFF, MINIMAX, cap=CAP, images=True
-    ),
-    "minimax-completion": Service(
-        "https://api.minimax.chat/v1",
-        "abab5-completion",
-        codes=MINIMAX,
-        cap="tokens_to_generate",
-        ask=minimax_completion,
-    ),
-    "zhipu": Service(
-        "https://open.bigmodel.cn/api/paas/v4", "glm-4.7-flash", OFF, ZHIPU, zhipu_token
     ),
     "deepseek": Service("https://api.deepseek.com", "deepseek-flash", OFF),
     "qwen": Service(

@@ -15,6 +15,7 @@ import re
 import time
 from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tim import PARTS, Client, Json, Message, text_element
@@ -33,6 +34,7 @@ _FENCE = re.compile(r"^ {0,3}(?:```+|~~~+)[^`\n]*$", re.MULTILINE)
 _TABLE = re.compile(r"(?:^|\n)(\|.*\n\|[ :|-]+\n)(?:\|.*\n)*\Z")
 
 
+@dataclass(eq=False)
 class PlainReply:
     """A reply that is sent when it is complete, in as many messages as it needs.
 
@@ -44,22 +46,18 @@ class PlainReply:
     keep_alive_after = math.inf  # seconds of silence, after which keep_alive is due
     limit = PART_BYTES
 
-    def __init__(
-        self,
-        client: Client,
-        message: Message,
-        order: int,
-        progress: Json,
-        save: Callable[[Json], None],
-        replaced: str,
-    ) -> None:
-        self.client, self.message, self.order = client, message, order
-        self.progress = progress  # what an earlier process did, and what we do
-        self._save = save
-        self.replaced = replaced  # what to say below text that another text replaces
+    client: Client
+    message: Message
+    order: int
+    progress: Json  # what an earlier process did, and what we do
+    save: Callable[[Json], None]
+    replaced: str  # what to say below text that another text replaces
+
+    def __post_init__(self) -> None:
+        user = self.message.user if self.message.group else ""
+        self._mention = f"@{user} " if user else ""
         self.last_sent = time.monotonic()
         self.parts = 0  # of the answer, when it is closed
-        self._mention = f"@{message.user} " if message.group and message.user else ""
 
     def open(self) -> None:
         """Show that an answer is coming."""
@@ -75,7 +73,7 @@ class PlainReply:
 
         If it `failed`, the text is no answer but says why there is none.
         """
-        self._send_parts(self._split(text), 0)
+        self._send_parts(self._split(text))
 
     def give_up(self, text: str) -> None:
         """Show this sentence instead of an answer that IM refuses for good."""
@@ -88,9 +86,9 @@ class PlainReply:
     def _split(self, text: str) -> list[str]:
         return split(self._mention + text, self.limit)
 
-    def _send_parts(self, parts: list[str], first: int) -> None:
+    def _send_parts(self, parts: list[str]) -> None:
         self.parts = len(parts)
-        for number in range(max(first, self.progress.get("sent", 0)), len(parts)):
+        for number in range(self.progress.get("sent", 0), len(parts)):
             if text := parts[number].strip("\n"):
                 self.progress["at"] = number
                 # Number 0 is that of a growing message.
@@ -104,7 +102,7 @@ class PlainReply:
 
     def _note(self, **progress: Any) -> None:
         self.progress |= progress
-        self._save(self.progress)
+        self.save(self.progress)
 
 
 def split(text: str, limit: int = PART_BYTES) -> list[str]:

@@ -2,7 +2,7 @@
 
     session = Session("https://api.example.com", threads=64)
     with CancelScope(seconds=10):
-        response = session.post(url, data, headers, timeout=(5, 10))
+        answer = session.post(url, data, headers, timeout=(5, 10)).json()
 
 A timeout of `requests` bounds the wait for the next byte, not for all of them, and
 before the headers there is no response to close. So a connection reports its socket to
@@ -34,11 +34,7 @@ HEADERS = {"User-Agent": default_user_agent(), "Accept": "*/*"}
 
 
 class CallEnded(Exception):
-    """A call was ended before it was over; `reason` is "stopped" or "slow"."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """A call was ended before it was over: its text is "stopped" or "slow"."""
 
 
 class CancelScope:
@@ -166,9 +162,8 @@ class Session(HTTPAdapter):
         data: bytes,
         headers: Mapping[str, str],
         timeout: tuple[float, float],
-        stream: bool = False,
     ) -> requests.Response:
-        """Return the response, its body read unless `stream`.
+        """Return the response, its body not read yet.
 
         `timeout` has the seconds to connect, and between two bytes of the answer.
         Raises requests.RequestException, and CallEnded within a CancelScope.
@@ -178,10 +173,7 @@ class Session(HTTPAdapter):
         about = {"Content-Type": "application/json", "Content-Length": str(len(data))}
         request.headers = {**HEADERS, **about, **headers}  # type: ignore[assignment]
         try:
-            response = self.send(request, timeout=timeout, **self.settings)
-            if not stream:
-                _ = response.content  # reads the body
-            return response
+            return self.send(request, timeout=timeout, **self.settings)
         except ValueError as error:  # an address that cannot be
             raise InvalidURL(type(error).__name__) from None
 

@@ -26,17 +26,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 LEASE = 12.0  # seconds a claim lasts; Tencent closes a silent stream after 15
 LONGEST_DELAY = 120.0  # seconds; what is due later was written before a clock step
 MAX_ATTEMPTS = 3  # claims that may end without a word before a message is failed
 MINUTE = 60  # seconds over which add's `rate` counts
-HISTORY_LIMIT = 50  # messages of one conversation that history returns at the most
 NO_LIMIT = 2**31 - 1
 BATCH = 500  # messages deleted in one transaction
 BUSY_TIMEOUT = 1.5  # seconds to wait for a locked file; Tencent waits 2 for an answer
 TURN_TIMEOUT = 5.0  # seconds a worker lets callbacks go first, at the most
+CONVERSIONS = [  # of older files; without one delete its line and its file
+    "version1:convert",
+]
 
 Data = dict[str, Any]
 Rows = list[tuple[Any, ...]]
@@ -215,16 +218,20 @@ class Store:
         """
         self._write_in_turn("release", _held(claim, delay=delay, uncounted=1 - failed))
 
+    def renumber(self, claim: Claim) -> None:
+        """Let the seqs of what waits behind a claim grow from turn to turn. Messages
+        that were worked on keep theirs."""
+        self._write_in_turn(renumber_step, _held(claim))
+
     def cancel(self, conversation: str) -> bool:
         """Stop the work on a conversation, also if it begins later; False if there is
         none."""
         return bool(self._write("cancel", {"conversation": storable(conversation)}))
 
     def history(self, conversation: str, limit: int) -> list[tuple[Data, str]]:
-        """Return the last remembered (data, reply) pairs, oldest first: `limit` at the
-        most, and HISTORY_LIMIT."""
-        values = {"conversation": storable(conversation)}
-        rows = self._read("history", values | {"limit": min(limit, HISTORY_LIMIT)})
+        """Return the last `limit` remembered (data, reply) pairs, oldest first."""
+        values = {"conversation": storable(conversation), "limit": limit}
+        rows = self._read("history", values)
         turns = [(_load(data), _load(reply)) for data, reply in reversed(rows)]
         return [(data, reply) for data, reply in turns if data and reply]
 
@@ -284,17 +291,6 @@ class Store:
         return count
 
 
-@dataclass(slots=True, eq=False)
-class PendingWrite:
-    """A step that a thread wants done, perhaps by another thread."""
-
-    step: Step
-    values: Data
-    done: bool = False
-    result: Any = None
-    error: str = ""
-
-
 class SQLiteStore(Store):
     """Store in one file, for the threads and processes of one machine.
 
@@ -335,7 +331,8 @@ class SQLiteStore(Store):
             self._execute("PRAGMA journal_mode = WAL", {})
             self._writer.execute("PRAGMA secure_delete = ON")
             schema = SCHEMA.format(**self.dialect)
-            _migrate(self._writer, schema)
+            for name in CONVERSIONS:
+                resolve_name(name)(self._writer, schema)
             self._writer.executescript(schema)
             self._writer.execute("PRAGMA busy_timeout = 5")  # milliseconds
             self._writer.execute("PRAGMA synchronous = FULL")
@@ -442,6 +439,17 @@ class SQLiteStore(Store):
         with self._write_lock, self._read_lock:
             self._writer.close()
             self._reader.close()
+
+
+@dataclass(slots=True, eq=False)
+class PendingWrite:
+    """A step that a thread wants done, perhaps by another thread."""
+
+    step: Step
+    values: Data
+    done: bool = False
+    result: Any = None
+    error: str = ""
 
 
 def storable(text: str) -> str:
@@ -554,15 +562,8 @@ SQL = {
         RETURNING 1""",
     # End a claim: of a conversation's only open message, or of one of several.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
-    # If the next message was accepted before this one, it waits: clients sort the
-    # answers of one second by MsgSeq, which comes of seq.
     "free": f"""UPDATE conversation
-        SET open = open - 1, token = NULL, attempts = 0, cancelled = 0,
-            due = {{now}} + CASE WHEN 0 < (SELECT sent FROM message WHERE seq = :seq)
-                AND :seq > (SELECT seq FROM message
-                    WHERE conversation = :conversation AND state = 'open'
-                        AND seq <> :seq ORDER BY sent, seq LIMIT 1)
-                THEN 1 ELSE 0 END
+        SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0
         WHERE {_HELD} RETURNING 1""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,
             state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,
@@ -574,6 +575,11 @@ SQL = {
     "release": f"""UPDATE conversation SET token = NULL, due = {{now}} + :delay,
             attempts = attempts - :uncounted
         WHERE {_HELD}""",
+    "held": f"SELECT 1 FROM conversation WHERE {_HELD} {{lock}}",
+    "unbegun": """SELECT seq FROM message
+        WHERE conversation = :conversation AND state = 'open' AND seq <> :seq
+            AND reply IS NULL AND progress IS NULL ORDER BY sent, seq""",
+    "number": "UPDATE message SET seq = :new WHERE seq = :old",
     "cancel": """UPDATE conversation SET cancelled = 1
         WHERE name = :conversation RETURNING 1""",
     "history": """SELECT data, reply FROM message
@@ -627,6 +633,19 @@ def end_step(execute: Execute, values: Data) -> bool:
     return True
 
 
+def renumber_step(execute: Execute, values: Data) -> None:
+    """Exchange the seqs of messages; nothing if the claim was lost."""
+    rows = execute("unbegun", values) if execute("held", values) else []
+    olds = [seq for (seq,) in rows]
+    moves = [
+        (old, new) for old, new in zip(olds, sorted(olds), strict=True) if old != new
+    ]
+    for old, _ in moves:  # out of the way
+        execute("number", {"old": old, "new": -old})
+    for old, new in moves:
+        execute("number", {"old": -old, "new": new})
+
+
 def forget_step(execute: Execute, values: Data) -> None:
     """Delete the texts of a conversation, and what was put under its name."""
     execute("forget", values)
@@ -641,36 +660,3 @@ def retry_step(execute: Execute, values: Data) -> bool:
     execute("leave", values)
     execute("drop", values)
     return False
-
-
-def _migrate(file: sqlite3.Connection, schema: str) -> None:
-    """Bring a file of version 1.0 to this schema; what waits in it goes on waiting."""
-    is_old = "SELECT 1 FROM pragma_table_info('message') WHERE name = 'due'"
-    if not file.execute(is_old).fetchall():
-        return
-    file.execute("PRAGMA busy_timeout = 60000")  # milliseconds
-    file.execute("BEGIN IMMEDIATE")
-    if file.execute(is_old).fetchall():  # no other process was faster
-        for statement in _FROM_VERSION_1.format(schema=schema).split(";\n"):
-            file.execute(statement)
-    file.execute("COMMIT")
-
-
-# Messages that only told a user of a limit are not told again.
-_FROM_VERSION_1 = """DROP INDEX IF EXISTS message_asked;
-ALTER TABLE message RENAME TO message_1;
-{schema}
-INSERT INTO message (seq, id, conversation, state, data, reply, progress, remember,
-        sent, accepted, ended, reason)
-    SELECT seq, id, conversation,
-        CASE WHEN state IN ('next', 'waiting') THEN 'open' ELSE state END,
-        replace(data, '"kind": "strange"', '"kind": "unsupported"'),
-        reply, progress, remember, 0, accepted, ended, reason
-    FROM message_1 WHERE conversation NOT LIKE '%' || char(9) || 'notice';
-INSERT INTO conversation (name, open, due)
-    SELECT conversation, count(*), min(accepted) FROM message
-    WHERE state = 'open' GROUP BY conversation;
-DELETE FROM sqlite_sequence WHERE name = 'message';
-UPDATE sqlite_sequence SET name = 'message' WHERE name = 'message_1';
-DROP TABLE message_1;
-"""

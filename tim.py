@@ -16,6 +16,7 @@ import random
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -161,7 +162,11 @@ def parse(command: str, event: Json, nicks: Mapping[str, str] = {}) -> list[Mess
         text = cut_mentions(text, [*robots, *names])
     unique = [_number(event, name) for name in ("MsgSeq", random_field, "MsgTime")]
     rest = "\t".join((user, group, topic, *unique))
-    quote = _quote(event)
+    match _inner(event.get("CloudCustomData")):
+        case {"messageReply": {"messageAbstract": str(quote)}}:
+            quote = clean(quote)[:LONGEST_QUOTE].strip()
+        case _:
+            quote = ""
     if kind == "question" and not (text or images or quote):
         return []
     sent = int(unique[2]) + int(unique[0]) % 2**22 / 2**22  # what a float can hold
@@ -226,7 +231,9 @@ def _content(body: Any) -> tuple[str, tuple[str, ...], str]:
             case {"MsgType": "TIMImageElem", "MsgContent": {"ImageInfoArray": list(i)}}:
                 images += _image(i)
             case {"MsgType": "TIMCustomElem", "MsgContent": {"Data": str(data)}}:
-                kind = "stop" if _presses_stop(data) else kind
+                match _inner(data):
+                    case {"chatbotPlugin": 2, "src": 22}:  # TUIKit's stop button
+                        kind = "stop"
             case {"MsgType": str(name), "MsgContent": dict()} if name != "TIMTextElem":
                 others.add(name)
             case _:
@@ -260,22 +267,10 @@ def _is_public(url: str) -> bool:
     return parts.scheme == "https" and "." in name and not literal and not local
 
 
-def _presses_stop(data: str) -> bool:
-    """Return whether a custom element is the stop button of TUIKit's AI answers."""
-    try:
-        signal = json.loads(data)
-        return bool(signal["chatbotPlugin"] == 2 and signal["src"] == 22)
-    except (TypeError, ValueError, KeyError, RecursionError):
-        return False
-
-
-def _quote(event: Json) -> str:
-    """Return the message that an event's replies to, as the client shortened it."""
-    try:
-        reply = json.loads(event["CloudCustomData"])["messageReply"]
-        return clean(reply["messageAbstract"])[:LONGEST_QUOTE].strip()
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return ""  # it replies to none, or the field is another program's
+def _inner(data: Any) -> Any:
+    """Return what JSON in a text holds, None if it is another program's."""
+    with suppress(TypeError, ValueError, RecursionError):
+        return json.loads(data)
 
 
 def clean(text: str) -> str:
@@ -354,6 +349,7 @@ class Client:
         try:
             with CancelScope(CALL_TIMEOUT):
                 response = self._session.post(url, data, headers={}, timeout=limits)
+                _ = response.content  # reads it
         except (requests.RequestException, CallEnded) as error:
             # Its text holds the URL with the UserSig: only its name may be told.
             reason = f"no answer ({type(error).__name__})"

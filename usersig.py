@@ -32,13 +32,18 @@ def gen_user_sig(
     https://www.tencentcloud.com/document/product/1047/34385
     """
     issued = int(time.time() if now is None else now)
+    text = (
+        f"TLS.identifier:{userid}\nTLS.sdkappid:{sdkappid}\n"
+        f"TLS.time:{issued}\nTLS.expire:{expire}\n"
+    )
+    digest = hmac.digest(key.encode(), text.encode(), "sha256")
     fields = {
         "TLS.ver": "2.0",
         "TLS.identifier": userid,
         "TLS.sdkappid": sdkappid,
         "TLS.expire": expire,
         "TLS.time": issued,
-        "TLS.sig": _hmac(key, userid, sdkappid, issued, expire),
+        "TLS.sig": base64.b64encode(digest).decode(),
     }
     packed = zlib.compress(json.dumps(fields).encode())
     return base64.b64encode(packed).decode().translate(_TO_TENCENT)
@@ -71,11 +76,3 @@ def check_callback(
         raise BadSignature("RequestTime is not a number of seconds")
     if abs((time.time() if now is None else now) - int(request_time)) > CALLBACK_WINDOW:
         raise BadSignature("RequestTime is too far from this server's clock")
-
-
-def _hmac(key: str, userid: str, sdkappid: int, issued: int, expire: int) -> str:
-    text = (
-        f"TLS.identifier:{userid}\nTLS.sdkappid:{sdkappid}\n"
-        f"TLS.time:{issued}\nTLS.expire:{expire}\n"
-    )
-    return base64.b64encode(hmac.digest(key.encode(), text.encode(), "sha256")).decode()

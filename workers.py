@@ -2,7 +2,7 @@
 
     workers = Workers(store, handle, threads=64, retention=7 * 86400)
     workers.start()
-    workers.wake()          # something was added
+    workers.add(id, conversation, data)     # as store.add, and wakes a thread
     workers.close(drain=20)
 
 `handle` gets each message as an InFlight and ends its claim by a verb of the store; if
@@ -25,7 +25,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from store import LEASE, Claim, Store, StoreError
+from store import LEASE, Added, Claim, Data, Store, StoreError
 
 POLL = 0.5  # seconds between two rounds of the maintenance loop
 HEARTBEAT_ROUNDS, PRUNE_ROUNDS = 2, 7200  # rounds from one to the next
@@ -54,7 +54,7 @@ class InFlight:
 
 
 class Workers:
-    """The threads, which start on demand, and the claims they have in flight."""
+    """The threads, and the claims they have in flight."""
 
     def __init__(
         self,
@@ -69,11 +69,8 @@ class Workers:
         self.draining = False  # claim no more
         self.beat: Callable[[], None] = do_nothing  # is called with each heartbeat
         self._wake_ups: SimpleQueue[None] = SimpleQueue()  # idle threads wait for it
-        self._lock = threading.Lock()  # guards what follows, up to _ended
-        self._started = self._idle = 0  # threads
-        self._missed = False  # a wake that found no idle thread
         self._in_flight: dict[int, InFlight] = {}  # by seq
-        self._ended = threading.Condition(self._lock)  # a message is not in flight now
+        self._ended = threading.Condition()  # one is not in flight now; guards them
         self._store_down = False
         self._unfinished: deque[Callable[[], Any]] = deque()  # see when_store_works
         self._beat = (0.0, 0.0)  # the clocks at the last heartbeat
@@ -83,26 +80,22 @@ class Workers:
     def start(self) -> None:
         """Begin to work: first on what an earlier process left behind."""
         self.in_background(self._maintain)
+        with suppress(RuntimeError):  # the system has no more: fewer will do
+            for _ in range(self.threads):
+                self.in_background(self._run)
+
+    def add(self, id: str, conversation: str, data: Data, **more: Any) -> Added:
+        """Add a message to the store, and wake a thread for it."""
+        added = self.store.add(id, conversation, data, **more)
+        if added == Added.NEW:
+            self.backlog += 1
+            self.wake()
+        return added
 
     def wake(self, count: int = 1) -> None:
         """Let threads look for work that was added."""
-        with self._lock:
-            for _ in range(min(count, self.threads)):
-                if self._idle:
-                    self._idle -= 1
-                    self._wake_ups.put(None)
-                elif not self._start_thread():
-                    self._missed = True
-
-    def _start_thread(self) -> bool:
-        if self._started >= self.threads or self.draining:
-            return False
-        try:
-            self.in_background(self._run)
-        except RuntimeError:  # the system has no more
-            return False
-        self._started += 1
-        return True
+        for _ in range(min(count, self.threads - self._wake_ups.qsize())):
+            self._wake_ups.put(None)
 
     def hold(self, seconds: float) -> None:
         """Claim nothing for some seconds."""
@@ -131,13 +124,9 @@ class Workers:
     def _run(self) -> None:
         """Be a thread of the pool."""
         while not self.draining:
+            self._wake_ups.get()
             while claim := self._claim():
                 self._work(claim)
-            with self._lock:
-                again, self._missed = self._missed, False
-                self._idle += not again
-            if not again:
-                self._wake_ups.get()
 
     def _claim(self) -> Claim | None:
         if self.draining or self._store_down or not self._may_claim():
@@ -147,7 +136,7 @@ class Workers:
         except StoreError as error:
             self._note_down(error)
             return None
-        with self._lock:
+        with self._ended:
             ours = claim and self._in_flight.get(claim.seq)
         if claim and ours:  # its lease ran out, but we still work on it
             ours.claim = claim
@@ -166,7 +155,7 @@ class Workers:
     def _work(self, claim: Claim) -> None:
         """Have one message handled, whatever happens."""
         work = InFlight(claim)
-        with self._lock:
+        with self._ended:
             self._in_flight[claim.seq] = work
         try:
             self._handle(work)
@@ -180,7 +169,7 @@ class Workers:
             log_failure(claim.id, error)
             self._release(work, 1.0, failed=True)
         finally:
-            with self._lock:
+            with self._ended:
                 del self._in_flight[claim.seq]
                 self._ended.notify_all()
 
@@ -193,7 +182,7 @@ class Workers:
         self._store_down = True
 
     def _flying(self) -> list[InFlight]:
-        with self._lock:
+        with self._ended:
             return list(self._in_flight.values())
 
     def _maintain(self) -> None:
@@ -247,7 +236,7 @@ class Workers:
         """Claim no more, finish what `drain` seconds allow, release the rest."""
         if self._closed.is_set():
             return
-        with self._lock:
+        with self._ended:
             self.draining = True
             self._ended.wait_for(lambda: not self._in_flight, drain)
             left = list(self._in_flight.values())
@@ -257,7 +246,7 @@ class Workers:
                 self.store.release(work.claim, 0.0)
             work.cancel()
         self._closed.set()
-        for _ in range(self._started):
+        for _ in range(self.threads):
             self._wake_ups.put(None)  # its thread ends
         logger.info("stopped; %d messages were left to others", len(left))
 

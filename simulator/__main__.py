@@ -18,8 +18,7 @@ from typing import Any
 
 import requests
 
-from config import SERVICES, robots_file
-from config import service as service_of
+from config import SERVICES, load, robots_file
 
 from .ai import actor
 from .bot import ROOT, bot_settings, interrupt_on_signals, running
@@ -135,7 +134,7 @@ def real_service(settings: dict[str, str]) -> tuple[Relay, str] | None:
     The relay takes its place in the settings.
     """
     name = settings["AI_PROVIDER"]
-    service = service_of(name) if name in SERVICES else None
+    service = load(SERVICES, name) if name in SERVICES else None
     if not {"AI_SECRET_KEY", "AI_BASE_URL"} & set(settings) and name != "ollama":
         return None
     settings.setdefault("AI_SECRET_KEY", "")

@@ -60,7 +60,7 @@ class Relay:
         try:
             url, about = self.url + path, passed_on(headers)
             with scope:
-                response = self._session.post(url, body, about, (5, LONGEST), True)
+                response = self._session.post(url, body, about, (5, LONGEST))
             with response:
                 yield response, iter(lambda: read_arrived(response, scope), b"")
         except CallEnded:

@@ -139,7 +139,7 @@ def test_each_persona_has_the_key_of_its_own_app(tmp_path):
 def test_a_service_whose_file_is_gone_is_named(monkeypatch):
     monkeypatch.setitem(config.SERVICES, "lost", "nowhere:LOST")
     with pytest.raises(ConfigError, match="lost is nowhere:LOST, which cannot be load"):
-        config.service("lost")
+        config.load(config.SERVICES, "lost")
 
 
 def test_a_robots_file_saved_by_windows_notepad_is_read(tmp_path):

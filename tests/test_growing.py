@@ -298,3 +298,29 @@ def test_a_stream_that_was_not_closed_is_closed_by_another_process(sim):
     make_reply(sim, StreamReply, progress=saved, saved=saved).close("half and half")
     assert [m.text for m in sim.delivered] == ["half and half"]
     assert sim.delivered[0].closed
+
+
+def test_a_text_that_takes_the_place_of_a_streams_is_sent_at_the_second_try(sim):
+    stream = make_reply(sim, StreamReply)
+    stream.open()
+    stream.update("I think")
+    sim.fault = lambda command, body: None if "stream" in command else 60007
+    with pytest.raises(IMError):
+        stream.close("the answer")
+    sim.fault = lambda command, body: None
+    stream.close("the answer")
+    told = [message.text for message in sim.delivered]
+    assert told == ["I think\n\n(replaced)", "the answer"]
+
+
+@each_mode
+def test_an_opening_that_counts_as_sent_is_not_made_again(sim, mode):
+    reply = make_reply(sim, MODES[mode])
+    sim.fault = lambda command, body: "late"
+    with pytest.raises(IMError):
+        reply.open()
+    sim.fault = lambda command, body: None
+    reply.assume_sent()
+    tries = len(sim.calls)
+    reply.open()
+    assert len(sim.calls) == tries

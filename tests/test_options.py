@@ -1,4 +1,4 @@
-"""Options can be deleted: the file, its lines in config.py, and nothing else."""
+"""Options can be deleted: the file, the lines that name it, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ OPTIONS = {
     "postgres": "postgres",
     "missed": "missed",
     "cli": "command_line",
-    "agents": "dify or adp",
+    "services": "dify or adp",
+    "version1": "version_1",
 }
 SOME = "answered_one_to_one or mentioned_in_a_group or without_the_ai"
 
@@ -30,11 +31,12 @@ def without(tmp_path):
     shutil.copytree(HERE, copy, ignore=ignore)
 
     def passes(*options, only=""):
-        config, words = copy / "config.py", "-q -x -p no:cacheprovider".split()
+        words = "-q -x -p no:cacheprovider".split()
         for option in options:
             copy.joinpath(f"{option}.py").unlink()
-            lines = config.read_text("utf-8").splitlines(keepends=True)
-            config.write_text("".join(x for x in lines if f'"{option}:' not in x))
+            for file in (copy / "config.py", copy / "store.py"):
+                lines = file.read_text("utf-8").splitlines(keepends=True)
+                file.write_text("".join(x for x in lines if f'"{option}:' not in x))
         for file in copy.glob("*.py"):
             imports = rf"^ *(from|import) ({'|'.join(options)})\b"
             assert not re.search(imports, file.read_text("utf-8"), re.MULTILINE)

@@ -156,7 +156,8 @@ def test_after_kill_9_all_is_answered_in_30_s_and_a_kept_answer_sent_again(
     bot = start_bot(WEB_CONCURRENCY=2, WORKER_THREADS=4)
     sim.users |= {"kept"} | {f"user{n}" for n in range(6)}
     # An answer that was shown, but the bot never hears of it.
-    sim.fault = lambda command, body: "late" if body["To_Account"] == "kept" else None
+    late = {"kept": "late"}
+    sim.fault = lambda command, body: late.get(body.get("To_Account"))
     sim.say("kept", "@RBT#001", "kept")
     poll(lambda: sim.calls)
     sim.ai_delay = 60

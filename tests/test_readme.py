@@ -15,6 +15,7 @@ from config import SERVICES, Config
 from conftest import HERE, poll
 from simulator import BotProcess
 from simulator.ai import sse
+from test_options import OPTIONS
 from test_providers import ASKED
 
 READMES = [HERE / "README.md", HERE / "README.zh-CN.md"]
@@ -23,7 +24,7 @@ OPERATIONS = [HERE / "docs/operations.md", HERE / "docs/operations.zh-CN.md"]
 PLATFORMS = [HERE / "docs/services.md", HERE / "docs/services.zh-CN.md"]
 PAGES = [*READMES, *SETTINGS, *OPERATIONS, *PLATFORMS]
 SHIPPED = {*ASKED, "minimax-completion", "openai-compatible", "echo", "dify", "adp"}
-OPTIONAL = ["growing.py", "postgres.py", "cli.py", "agents.py", "missed.py"]
+OPTIONAL = [f"{name}.py" for name in OPTIONS]
 
 
 def name(page):
@@ -244,12 +245,12 @@ def make_changes(folder, block):
         path.write_text(text, "utf-8")
 
 
-def test_the_options_can_be_deleted_with_their_lines_in_config(sim, copy, start):
-    config = copy / "config.py"
+def test_the_options_can_be_deleted_with_their_lines(sim, copy, start):
     for option in OPTIONAL:
         copy.joinpath(option).unlink()
         line = rf'^ .*"{option.removesuffix(".py")}:\w+",\n'
-        config.write_text(re.sub(line, "", config.read_text(), flags=re.MULTILINE))
+        for file in (copy / "config.py", copy / "store.py"):
+            file.write_text(re.sub(line, "", file.read_text(), flags=re.MULTILINE))
     for readme in READMES:
         text = readme.read_text("utf-8")
         optional = re.findall(r"^\| (`.*`) \| \*", text, re.MULTILINE)

@@ -519,15 +519,14 @@ def test_a_turn_that_begins_with_its_reply_is_remembered_on_request(kept):
     assert kept.state("4") == "failed" and len(kept.history("jared", 9)) == 2
 
 
-def test_history_gives_the_last_turns_oldest_first(kept, monkeypatch):
-    monkeypatch.setattr(store, "HISTORY_LIMIT", 6)
+def test_history_gives_the_last_turns_oldest_first(kept):
     for number in range(8):
         put(kept, str(number))
         answer(kept, f"reply {number}")
     put(kept, "open", to="jared")
     assert texts(kept, limit=0) == []
     assert texts(kept, limit=2) == [("text of 6", "reply 6"), ("text of 7", "reply 7")]
-    assert len(texts(kept, limit=7)) == 6
+    assert len(texts(kept, limit=9)) == 8
     assert kept.add("0", "jared", {}) == KNOWN
 
 
@@ -551,17 +550,36 @@ def test_nothing_is_left_of_a_text_that_is_not_to_be_remembered(kept, url):
 def test_messages_of_a_conversation_have_their_turn_by_when_they_were_sent(kept):
     for number, sent in (("3", 30.0), ("1", 10.0), ("4", 30.0), ("2", 20.0)):
         kept.add(number, "jared", {"text": number}, sent=sent)
-    assert [answer(kept).id for _ in range(2)] == ["1", "2"]
-    # "3" was accepted before "2": clients would show it first, if one second had both.
-    ended = time.monotonic()
-    assert kept.claim() is None
-    kept.release(poll(kept.claim), 0)
-    assert time.monotonic() - ended > 0.95
-    kept.add("first", "jared", {})  # of no time: nothing waits for it
-    kept.finish(kept.claim())
-    assert [answer(kept).id for _ in range(2)] == ["3", "4"]
+    assert [answer(kept).id for _ in range(4)] == ["1", "2", "3", "4"]
     turns = kept.history("jared", 3)
     assert [data["text"] for data, _ in turns] == ["2", "3", "4"]
+
+
+def test_seqs_can_be_made_to_grow_from_turn_to_turn(kept, url):
+    kept.add("begun", "jared", {}, sent=25.0)
+    begun = kept.claim()
+    assert kept.save_reply(begun, None, {"key": "k"})
+    kept.release(begun, 0)
+    for number in ("4", "2", "3"):
+        kept.add(number, "jared", {}, sent=10.0 * int(number))
+    kept.add("look-up", "jared", {})
+    lost = kept.claim()
+    kept.release(lost, 0)
+    turns = "SELECT id, seq FROM message ORDER BY sent, seq"
+    was = dict(query(url, turns))
+    kept.renumber(lost)
+    assert dict(query(url, turns)) == was
+    held = kept.claim()
+    kept.renumber(held)
+    now = dict(query(url, turns))
+    assert [*now] == ["look-up", "2", "begun", "3", "4"]
+    assert now["2"] < now["3"] < now["4"] and {*now.values()} == {*was.values()}
+    assert (now["begun"], now["look-up"]) == (was["begun"], was["look-up"])
+    kept.add("5", "jared", {}, sent=50.0)
+    kept.finish(held)
+    claims = [answer(kept) for _ in range(5)]
+    assert [claim.id for claim in claims] == ["2", "begun", "3", "4", "5"]
+    assert claims[-1].seq > max(was.values())
 
 
 def test_what_was_put_under_a_name_is_there_until_it_is_forgotten_or_old(kept):

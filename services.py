@@ -1,7 +1,10 @@
-"""AI services that remember their chats: Dify, and Tencent's ADP (智能体开发平台).
+"""AI services that need more than a line: a format, a memory or a token of their own.
 
-An option: without it, delete this file and its lines in SERVICES. What a service that
-remembers gets and may change is told at the top of providers.py.
+Dify and Tencent's ADP (智能体开发平台) remember their chats; MiniMax's old endpoint has
+a prompt for a chat; Zhipu takes a token made from its key.
+
+An option: without it, delete this file and its lines in SERVICES. What these functions
+get and may change is told at the top of providers.py.
 """
 
 from __future__ import annotations
@@ -9,10 +12,24 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from contextlib import suppress
 from urllib.parse import quote
 
-from providers import Json, Provider, ProviderError, Service, Texts, as_text, kinds
+import jwt
+
+from providers import (
+    MINIMAX,
+    OFF,
+    Json,
+    Provider,
+    ProviderError,
+    Question,
+    Service,
+    Texts,
+    as_text,
+    kinds,
+)
 from session import CallEnded, CancelScope
 
 STOP_TIMEOUT = 5  # seconds for the call that stops Dify
@@ -20,18 +37,13 @@ LONGEST_VISITOR = 64  # bytes of a user's name for ADP
 REPEATED = 20  # characters; a piece that begins with so many is all that came before
 
 
-def dify(
-    provider: Provider,
-    messages: list[Json],
-    scope: CancelScope,
-    update_interval: float,
-    memory: Json,
-) -> Texts:
+def dify(provider: Provider, question: Question) -> Texts:
     """Ask a Dify app; begin anew if it does not know the conversation any more.
 
     https://docs.dify.ai/en/api-reference/chat-messages/send-chat-message
     """
-    task, agent, known = "", False, memory.get("conversation_id", "")
+    memory, task, agent = question.memory, "", False
+    known = memory.get("conversation_id", "")
 
     def read(event: Json, parts: list[str]) -> str | Json:
         nonlocal task, agent
@@ -41,21 +53,22 @@ def dify(
         return read_dify(event, parts, agent)
 
     body = provider.body(
-        query=question(messages),
+        query=news(question),
         inputs={},
         user=memory["user"],
         conversation_id=known,
         response_mode="streaming",  # an Agent app knows no other
         files=[
             {"type": "image", "transfer_method": "remote_url", "url": url}
-            for url in pictures(messages)
+            for url in pictures(question)
         ],
     )
     path = "/chat-messages"
     try:
-        yield from provider.complete(path, body, scope, update_interval, read)
+        yield from provider.complete(path, body, question, read)
     except CallEnded:
-        stop = (provider, f"{path}/{quote(task, '')}/stop", memory["user"], scope.trace)
+        path, trace = f"{path}/{quote(task, '')}/stop", question.scope.trace
+        stop = (provider, path, memory["user"], trace)
         if task:
             threading.Thread(target=stop_dify, args=stop, daemon=True).start()
         raise
@@ -65,7 +78,7 @@ def dify(
         if not known:
             raise ProviderError("setup", str(error)) from None
         memory["conversation_id"] = ""
-        yield from dify(provider, messages, scope, update_interval, memory)
+        yield from dify(provider, question)
 
 
 def read_dify(event: Json, parts: list[str], agent: bool) -> str | Json:
@@ -103,33 +116,27 @@ def stop_dify(provider: Provider, path: str, user: str, trace: str) -> None:
             response.raw.read1(65536)
 
 
-def adp(
-    provider: Provider,
-    messages: list[Json],
-    scope: CancelScope,
-    update_interval: float,
-    memory: Json,
-) -> Texts:
+def adp(provider: Provider, question: Question) -> Texts:
     """Ask an app of ADP, which remembers by the session that we name.
 
     https://cloud.tencent.com/document/product/1759/105561
     """
-    user = memory["user"].encode()
+    user = question.memory["user"].encode()
     digest = hashlib.sha256(user).hexdigest()
-    images = [f"\n![]({url})" for url in pictures(messages)]
-    system = [turn["content"] for turn in messages if turn["role"] == "system"]
+    images = [f"\n![]({url})" for url in pictures(question)]
+    system = [turn["content"] for turn in question.messages if turn["role"] == "system"]
     body = provider.body(
         request_id=os.urandom(16).hex(),
         bot_app_key=provider.key,
-        session_id=memory["session"],
+        session_id=question.memory["session"],
         visitor_biz_id=user.decode() if len(user) <= LONGEST_VISITOR else digest,
-        content=question(messages) + "".join(images),
+        content=news(question) + "".join(images),
         system_role=system[0] if system else None,
         model_name=provider.model or None,
-        stream="enable" if update_interval else "disable",
+        stream="enable" if question.update_interval else "disable",
         streaming_throttle=100,  # characters, since each event repeats all before it
     )
-    return provider.complete("/qbot/chat/sse", body, scope, update_interval, read_adp)
+    return provider.complete("/qbot/chat/sse", body, question, read_adp)
 
 
 def read_adp(event: Json, parts: list[str]) -> str:
@@ -145,17 +152,50 @@ def read_adp(event: Json, parts: list[str]) -> str:
     return ""
 
 
-def question(messages: list[Json]) -> str:
+def news(question: Question) -> str:
     """Return what is new in the chat, as one text."""
-    return as_text([turn for turn in messages if turn["role"] != "system"])
+    return as_text([turn for turn in question.messages if turn["role"] != "system"])
 
 
-def pictures(messages: list[Json]) -> list[str]:
+def pictures(question: Question) -> list[str]:
     """Return the URLs of the pictures in a question."""
-    parts = messages[-1]["content"]
+    parts = question.messages[-1]["content"]
     if isinstance(parts, str):
         return []
     return [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+
+
+def minimax_completion(provider: Provider, question: Question) -> Texts:
+    """Ask as Tencent's tutorial does: MiniMax's old endpoint, a prompt in, a reply out.
+
+    https://www.tencentcloud.com/document/product/1047/54925
+    """
+    try:  # an old key is a JWT that names its group; reading it decides nothing
+        claims = jwt.decode(provider.key, options={"verify_signature": False})
+    except jwt.PyJWTError:
+        claims = {}
+    group = claims.get("GroupID") or claims.get("group_id")
+    path = f"/text/completion?GroupId={group}" if group else "/text/completion"
+    end = "\nassistant:" if question.messages[1:] else ""
+    body = provider.body(prompt=as_text(question.messages) + end)
+    return provider.complete(path, body, question)
+
+
+def zhipu_token(key: str) -> str:
+    """Return a fresh token made from Zhipu's id.secret key, or another key as it is.
+
+    Both times are in milliseconds, unlike a usual JWT's.
+    https://docs.bigmodel.cn/cn/guide/develop/http/introduction
+    """
+    name, dot, secret = key.partition(".")
+    if not dot or "." in secret:
+        return key
+    now = time.time_ns() // 10**6
+    return jwt.encode(
+        {"api_key": name, "exp": now + 300_000, "timestamp": now},
+        secret.encode().ljust(32, b"\0"),  # the same to HMAC, and long enough for PyJWT
+        headers={"sign_type": "SIGN"},
+    )
 
 
 # What is not sent to these services: they name it otherwise, or not at all.
@@ -192,4 +232,27 @@ ADP = Service(
     images=True,
     ask=adp,
     remembers=True,
+)
+MINIMAX_COMPLETION = Service(
+    "https://api.minimax.chat/v1",
+    "abab5-completion",
+    codes=MINIMAX,
+    cap="tokens_to_generate",
+    ask=minimax_completion,
+)
+ZHIPU_CODES = kinds(  # https://docs.bigmodel.cn/cn/api/api-code
+    busy="500 1120 1234 1302 1303 1305 1312",
+    once="1003 1230",
+    filter="1300 1301",
+    quota="1113 1304 1308 1309 1310 1311 1313",
+    long="1261",
+    setup="1000 1001 1002 1004 1100 1110 1111 1112 1121 1200 1210 1211 1212 1213 1214 "
+    "1215 1220 1221 1222 1231",
+)
+ZHIPU = Service(
+    "https://open.bigmodel.cn/api/paas/v4",
+    "glm-4.7-flash",
+    OFF,
+    ZHIPU_CODES,
+    zhipu_token,
 )
