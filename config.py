@@ -37,10 +37,8 @@ STORES = {  # the scheme of DATABASE_URL -> where messages wait
 }
 SERVICES: dict[str, Service | str] = {  # AI_PROVIDER -> a service, or where it is
     **PROVIDERS,
-    "dify": "services:DIFY",
-    "adp": "services:ADP",
-    "zhipu": "services:ZHIPU",
-    "minimax-completion": "services:MINIMAX_COMPLETION",
+    "dify": "agents:DIFY",
+    "adp": "agents:ADP",
 }
 COMMAND_LINE = [  # what `flask --app botserver` can do besides `run`
     "cli:COMMANDS",

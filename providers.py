@@ -25,6 +25,7 @@ from email.utils import parsedate_to_datetime
 from itertools import count
 from typing import Any
 
+import jwt
 import requests
 from urllib3.exceptions import HTTPError
 
@@ -78,6 +79,15 @@ MINIMAX = kinds(  # https://platform.minimax.io/docs/api-reference/errorcode
     filter="1026 1027",
     quota="1008 1028 1030 2054 2056 2061",
     setup="1004 1042 1043 1044 2013 2037 2038 2039 2042 2048 2049 20132",
+)
+ZHIPU = kinds(  # https://docs.bigmodel.cn/cn/api/api-code
+    busy="500 1120 1234 1302 1303 1305 1312",
+    once="1003 1230",
+    filter="1300 1301",
+    quota="1113 1304 1308 1309 1310 1311 1313",
+    long="1261",
+    setup="1000 1001 1002 1004 1100 1110 1111 1112 1121 1200 1210 1211 1212 1213 1214 "
+    "1215 1220 1221 1222 1231",
 )
 TRACES = ("trace-id", "minimax-request-id", "x-mm-request-id", "x-request-id")
 
@@ -412,6 +422,22 @@ def openai_chat(provider: Provider, question: Question) -> Texts:
     return provider.complete("/chat/completions", body, question)
 
 
+def minimax_completion(provider: Provider, question: Question) -> Texts:
+    """Ask as Tencent's tutorial does: MiniMax's old endpoint, a prompt in, a reply out.
+
+    https://www.tencentcloud.com/document/product/1047/54925
+    """
+    try:  # an old key is a JWT that names its group; reading it decides nothing
+        claims = jwt.decode(provider.key, options={"verify_signature": False})
+    except jwt.PyJWTError:
+        claims = {}
+    group = claims.get("GroupID") or claims.get("group_id")
+    path = f"/text/completion?GroupId={group}" if group else "/text/completion"
+    end = "\nassistant:" if question.messages[1:] else ""
+    body = provider.body(prompt=as_text(question.messages) + end)
+    return provider.complete(path, body, question)
+
+
 def echo(provider: Provider, question: Question) -> Texts:
     """Say what the user said: for a machine without a key."""
     yield words(question.messages[-1])
@@ -437,6 +463,23 @@ def new_memory(user: str) -> Json:
     return {"session": os.urandom(16).hex(), "user": user}
 
 
+def zhipu_token(key: str) -> str:
+    """Return a fresh token made from Zhipu's id.secret key, or another key as it is.
+
+    Both times are in milliseconds, unlike a usual JWT's.
+    https://docs.bigmodel.cn/cn/guide/develop/http/introduction
+    """
+    name, dot, secret = key.partition(".")
+    if not dot or "." in secret:
+        return key
+    now = time.time_ns() // 10**6
+    return jwt.encode(
+        {"api_key": name, "exp": now + 300_000, "timestamp": now},
+        secret.encode().ljust(32, b"\0"),  # the same to HMAC, and long enough for PyJWT
+        headers={"sign_type": "SIGN"},
+    )
+
+
 # How a service is told not to think before it answers.
 OFF: Json = {"thinking": {"type": "disabled"}}
 QWEN_OFF: Json = {"enable_thinking": False}
@@ -447,6 +490,16 @@ CAP = "max_completion_tokens"
 PROVIDERS = {
     "minimax": Service(
         "https://api.minimaxi.com/v1", "MiniMax-M3", OFF, MINIMAX, cap=CAP, images=True
+    ),
+    "minimax-completion": Service(
+        "https://api.minimax.chat/v1",
+        "abab5-completion",
+        codes=MINIMAX,
+        cap="tokens_to_generate",
+        ask=minimax_completion,
+    ),
+    "zhipu": Service(
+        "https://open.bigmodel.cn/api/paas/v4", "glm-4.7-flash", OFF, ZHIPU, zhipu_token
     ),
     "deepseek": Service("https://api.deepseek.com", "deepseek-flash", OFF),
     "qwen": Service(

@@ -17,7 +17,7 @@ OPTIONS = {
     "postgres": "postgres",
     "missed": "missed",
     "cli": "command_line",
-    "services": "dify or adp",
+    "agents": "dify or adp",
     "version1": "version_1",
 }
 SOME = "answered_one_to_one or mentioned_in_a_group or without_the_ai"

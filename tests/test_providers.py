@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from requests.structures import CaseInsensitiveDict
 
 import providers
-import services
 from config import SERVICES, load
 from conftest import (
     AI_KEY,
@@ -244,7 +243,7 @@ def test_the_tutorials_endpoint_gets_a_prompt_and_the_group_of_the_key(key, quer
     url = "https://api.minimax.chat/v1/text/completion"
     body = ai_json({"reply": "你好！", **BASE})
     mock = responses.post(url, body=body, content_type="application/json")
-    provider = Provider(services.MINIMAX_COMPLETION, key)
+    provider = Provider(PROVIDERS["minimax-completion"], key)
     assert list(provider.chat(QUESTION, CancelScope(20))) == ["你好！"]
     request = mock.calls[0].request
     assert request.url == url + query
@@ -267,7 +266,7 @@ TALK = [
 def test_the_tutorials_endpoint_gets_a_whole_talk_as_one_prompt():
     url = "https://api.minimax.chat/v1/text/completion"
     mock = responses.post(url, json={"reply": "A tree."})
-    provider = Provider(services.MINIMAX_COMPLETION, "sk-api-new")
+    provider = Provider(PROVIDERS["minimax-completion"], "sk-api-new")
     assert answer_of(provider, TALK) == "A tree."
     prompt = json.loads(mock.calls[0].request.body)["prompt"]
     assert prompt == "system: Be brief.\nuser: What is this?\nassistant:"
@@ -291,10 +290,10 @@ def test_zhipu_gets_a_fresh_token_in_milliseconds_for_every_try(no_pause):
     minted = []
 
     def mint(key):
-        minted.append(services.zhipu_token(key))
+        minted.append(providers.zhipu_token(key))
         return minted[-1]
 
-    service = replace(services.ZHIPU, token=mint)
+    service = replace(PROVIDERS["zhipu"], token=mint)
     provider = Provider(service, "an-id.a-short-secret")
     assert answer_of(provider, QUESTION) == ANSWER
     tokens = [
@@ -302,7 +301,7 @@ def test_zhipu_gets_a_fresh_token_in_milliseconds_for_every_try(no_pause):
         for mock in (first, second)
     ]
     assert tokens == minted
-    assert services.ZHIPU.token is services.zhipu_token
+    assert PROVIDERS["zhipu"].token is providers.zhipu_token
     header = json.loads(base64.urlsafe_b64decode(tokens[1].split(".")[0] + "=="))
     assert header == {"alg": "HS256", "sign_type": "SIGN", "typ": "JWT"}
     # The millisecond `exp` is no time PyJWT could check.
@@ -316,10 +315,10 @@ def test_zhipu_gets_a_fresh_token_in_milliseconds_for_every_try(no_pause):
 
 
 def test_a_zhipu_token_is_what_hmac_makes_of_the_short_secret():
-    signed, _, signature = services.zhipu_token("id.secret").rpartition(".")
+    signed, _, signature = providers.zhipu_token("id.secret").rpartition(".")
     mac = hmac.new(b"secret", signed.encode(), hashlib.sha256).digest()
     assert base64.urlsafe_b64decode(signature + "=") == mac
-    assert services.zhipu_token("sk-without-a-dot") == "sk-without-a-dot"
+    assert providers.zhipu_token("sk-without-a-dot") == "sk-without-a-dot"
 
 
 RETRIES = {"busy": 3, "once": 2}  # tries in all; any other kind is asked once

@@ -1,10 +1,7 @@
-"""AI services that need more than a line: a format, a memory or a token of their own.
+"""AI services that remember their chats: Dify, and Tencent's ADP (智能体开发平台).
 
-Dify and Tencent's ADP (智能体开发平台) remember their chats; MiniMax's old endpoint has
-a prompt for a chat; Zhipu takes a token made from its key.
-
-An option: without it, delete this file and its lines in SERVICES. What these functions
-get and may change is told at the top of providers.py.
+An option: without it, delete this file and its lines in SERVICES. What a service that
+remembers gets and may change is told at the top of providers.py.
 """
 
 from __future__ import annotations
@@ -12,15 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import time
 from contextlib import suppress
 from urllib.parse import quote
 
-import jwt
-
 from providers import (
-    MINIMAX,
-    OFF,
     Json,
     Provider,
     ProviderError,
@@ -165,39 +157,6 @@ def pictures(question: Question) -> list[str]:
     return [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
 
 
-def minimax_completion(provider: Provider, question: Question) -> Texts:
-    """Ask as Tencent's tutorial does: MiniMax's old endpoint, a prompt in, a reply out.
-
-    https://www.tencentcloud.com/document/product/1047/54925
-    """
-    try:  # an old key is a JWT that names its group; reading it decides nothing
-        claims = jwt.decode(provider.key, options={"verify_signature": False})
-    except jwt.PyJWTError:
-        claims = {}
-    group = claims.get("GroupID") or claims.get("group_id")
-    path = f"/text/completion?GroupId={group}" if group else "/text/completion"
-    end = "\nassistant:" if question.messages[1:] else ""
-    body = provider.body(prompt=as_text(question.messages) + end)
-    return provider.complete(path, body, question)
-
-
-def zhipu_token(key: str) -> str:
-    """Return a fresh token made from Zhipu's id.secret key, or another key as it is.
-
-    Both times are in milliseconds, unlike a usual JWT's.
-    https://docs.bigmodel.cn/cn/guide/develop/http/introduction
-    """
-    name, dot, secret = key.partition(".")
-    if not dot or "." in secret:
-        return key
-    now = time.time_ns() // 10**6
-    return jwt.encode(
-        {"api_key": name, "exp": now + 300_000, "timestamp": now},
-        secret.encode().ljust(32, b"\0"),  # the same to HMAC, and long enough for PyJWT
-        headers={"sign_type": "SIGN"},
-    )
-
-
 # What is not sent to these services: they name it otherwise, or not at all.
 NOT_SENT: Json = {"model": None, "max_tokens": None}
 DIFY = Service(
@@ -232,27 +191,4 @@ ADP = Service(
     images=True,
     ask=adp,
     remembers=True,
-)
-MINIMAX_COMPLETION = Service(
-    "https://api.minimax.chat/v1",
-    "abab5-completion",
-    codes=MINIMAX,
-    cap="tokens_to_generate",
-    ask=minimax_completion,
-)
-ZHIPU_CODES = kinds(  # https://docs.bigmodel.cn/cn/api/api-code
-    busy="500 1120 1234 1302 1303 1305 1312",
-    once="1003 1230",
-    filter="1300 1301",
-    quota="1113 1304 1308 1309 1310 1311 1313",
-    long="1261",
-    setup="1000 1001 1002 1004 1100 1110 1111 1112 1121 1200 1210 1211 1212 1213 1214 "
-    "1215 1220 1221 1222 1231",
-)
-ZHIPU = Service(
-    "https://open.bigmodel.cn/api/paas/v4",
-    "glm-4.7-flash",
-    OFF,
-    ZHIPU_CODES,
-    zhipu_token,
 )

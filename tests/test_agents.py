@@ -15,7 +15,7 @@ import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import services
+import agents
 import tim
 from config import Config
 from conftest import ANSWER, A, B, Caller, ai_json, idle, poll, said_to, sse
@@ -514,13 +514,13 @@ def test_every_kind_of_dify_app_is_understood(sim, agent, app, mode):
 @pytest.fixture
 def events_read(monkeypatch):
     """What the bot has read of Dify's answers."""
-    read, seen = services.read_dify, []
+    read, seen = agents.read_dify, []
 
     def spy(event, *given):
         seen.append(event)
         return read(event, *given)
 
-    monkeypatch.setattr(services, "read_dify", spy)
+    monkeypatch.setattr(agents, "read_dify", spy)
     return seen
 
 
