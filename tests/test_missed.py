@@ -344,6 +344,7 @@ def test_a_callback_that_is_refused_while_a_window_is_open_is_not_overtaken(
     assert {*texts[3:]} == {"after"}
 
 
+@pytest.mark.slow
 def test_what_was_shed_by_a_full_backlog_is_looked_up_when_it_is_calm(sim, bots):
     workers, seen = bots.start(max_backlog=8, rate_limit=0).bot.workers, []
     sim.fault = lambda called, _: (
@@ -398,6 +399,7 @@ def test_a_call_that_fails_is_made_again(stopped, command, fault):
     assert stopped.answered() == ["before", "during"] and not faults
 
 
+@pytest.mark.slow
 def test_a_call_that_goes_on_failing_is_given_up(stopped, monkeypatch, caplog):
     monkeypatch.setattr(missed, "PATIENCE", 1.0)
     sim = stopped.sim
@@ -582,6 +584,7 @@ def test_an_unsure_answer_counts_as_sent_where_the_history_cannot_say(
     assert len(sim.delivered) == 1 and not bots.store.failed()
 
 
+@pytest.mark.slow
 def test_while_tencent_is_away_an_unsure_answer_is_not_given_up(
     sim, bots, short_windows, caplog
 ):
@@ -666,6 +669,7 @@ OUTAGES = {  # servers, processes of each, how one is stopped
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_of_600_messages_none_is_missed_while_a_server_is_away(sim, start_bots, outage):
     servers, processes, how = OUTAGES[outage]
@@ -690,6 +694,8 @@ def test_of_600_messages_none_is_missed_while_a_server_is_away(sim, start_bots, 
         assert "Traceback" not in log and "WARNING" not in log
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 def test_if_tencent_refuses_the_rest_is_answered_all_the_same(sim, start_bots):
     bots = start_bots(1)
     sim.refused = {*LOOKUPS}
