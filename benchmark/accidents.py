@@ -17,7 +17,7 @@ from simulator import BotProcess, Simulator, ai_error
 from store import LEASE
 
 from .load import ROBOT, question
-from .stage import Database, workers
+from .stage import Database, set_clock, workers
 
 AI_FAILS, IM_FAILS = 0.1, 0.05  # shares of all calls
 REFUSED, MUTE = 100, 20  # one of so many answers, one of so many chats
@@ -31,6 +31,8 @@ IM_FAULTS = ("lost", "late", 20004, 60007, 90994, 91000)
 WORD_FILTER = 80001  # Tencent's code for a text that it will never take
 DOWN = (0.0, 7.0)  # seconds until a bot that was stopped starts again
 PAUSE = LEASE + 3  # seconds; longer than claims last
+STEPS = (-9, 0, 9)  # seconds; less than catching up allows for
+STEP_LASTS = 4.0  # seconds; longer than a heartbeat takes to come
 SILENCE = 150  # seconds; longer than Tencent knows a repetition
 
 
@@ -50,6 +52,7 @@ class Accidents:
             "no store": self._interrupt_store,
             "pause": self._pause,
             "unreachable": self._cut_off,
+            "clock steps": self._step_clock,
         }
         self._next: list[str] = []
 
@@ -100,6 +103,12 @@ class Accidents:
         self.bot.simulator.unreachable = True
         time.sleep(self.chance.uniform(1, 8))
         self.bot.simulator.unreachable = False
+
+    def _step_clock(self) -> None:
+        """Set the bot's clock forward and back; how it is set last, it stays."""
+        for ahead in self.chance.sample(STEPS, len(STEPS)):
+            set_clock(self.bot, ahead)
+            time.sleep(STEP_LASTS)
 
     def _interrupt_store(self) -> None:
         self.database.interrupt(self.chance.uniform(1, 4))

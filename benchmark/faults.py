@@ -59,7 +59,7 @@ SETTINGS = {
 def campaign(store: str, messages: int, seconds: float, seed: int) -> dict[str, int]:
     """Break everything while users ask; return what came of it."""
     simulator = Simulator()
-    with stage(store, simulator, SETTINGS) as (bot, database):
+    with stage(store, simulator, SETTINGS, own_clock=True) as (bot, database):
         refused = break_services(simulator, seed)
         accidents = Accidents(bot, database, seed)
         with Users(simulator) as users:

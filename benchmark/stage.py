@@ -36,14 +36,24 @@ def view():
     return {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
 """
 
+# Python runs it at its start as sitecustomize. (Under libfaketime 0.9.10, Debian's,
+# time.sleep of Python 3.11 fails: https://github.com/wolfcw/libfaketime/issues/426)
+CLOCK = """
+import time
+from pathlib import Path
+real, ahead = time.time, Path(__file__).with_name("ahead")
+time.time = lambda: real() + int(ahead.read_text())
+"""
+
 
 @contextmanager
 def stage(
-    store: str, simulator: Simulator, settings: dict[str, Any]
+    store: str, simulator: Simulator, settings: dict[str, Any], own_clock: bool = False
 ) -> Iterator[tuple[BotProcess, Database]]:
     """Run a stand-in, its bot and the bot's database; end them all.
 
     The store "bare" means a Flask view that does nothing, under the same command.
+    With a clock of its own, set_clock can set the bot's.
     """
     bare = store == "bare"
     database = DATABASES["sqlite" if bare else store]()
@@ -53,6 +63,10 @@ def stage(
         robots.write_text("".join(lines))
         more = {"ROBOTS": robots, "DATABASE_URL": database.url}
         bot = BotProcess(simulator, folder, **settings | more)
+        if own_clock:
+            Path(folder, "sitecustomize.py").write_text(CLOCK)
+            bot.env["PYTHONPATH"] = folder
+            set_clock(bot, 0)
         if bare:
             Path(folder, "bare.py").write_text(BARE)
             bot.command[-1:] = ["--pythonpath", folder, "bare:app"]
@@ -69,3 +83,10 @@ def workers(bot: BotProcess) -> list[int]:
     pid = bot.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in children.split()]
+
+
+def set_clock(bot: BotProcess, ahead: int) -> None:
+    """Let the bot's clock be some seconds ahead of this machine's, or behind it."""
+    new = bot.log.with_name("ahead.new")
+    new.write_text(str(ahead))
+    new.replace(bot.log.with_name("ahead"))  # all processes see it at once

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from email.utils import parsedate_to_datetime
 
 import pytest
+import requests
 
 from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer, find
 from benchmark.faults import MUST_BE_ZERO
 from benchmark.judge import judge_all
+from benchmark.stage import set_clock, stage
 from benchmark.users import Chat
 from conftest import HERE
-from simulator import Delivered, text_body
+from simulator import Delivered, Simulator, text_body
 
 
 @pytest.fixture
@@ -72,6 +76,15 @@ def test_a_command_says_how_it_is_called(module):
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=20)
     assert done.stdout.startswith(f"usage: python -m {module} [-h]"), done.stderr
     assert not done.stderr
+
+
+def test_a_step_of_the_clock_reaches_the_bot():
+    with stage("sqlite", Simulator(), {}, own_clock=True) as (bot, _):
+        for ahead in (0, 40, -40):
+            set_clock(bot, ahead)
+            date = requests.get(f"{bot.url}/healthz", timeout=5).headers["Date"]
+            now = parsedate_to_datetime(date).timestamp()
+            assert abs(now - ahead - time.time()) < 15
 
 
 def said(number, turn=1, who=""):
@@ -190,7 +203,7 @@ def test_a_short_campaign_ends_with_zeros(store, request):
     if store == "postgres":
         request.getfixturevalue("postgres")
     # With this seed the database goes away.
-    words = f"-m benchmark.faults --store {store} --seconds 3 --seed 26"
+    words = f"-m benchmark.faults --store {store} --seconds 3 --seed 16"
     done = subprocess.run(
         [sys.executable, *words.split()],
         cwd=HERE,
@@ -200,7 +213,7 @@ def test_a_short_campaign_ends_with_zeros(store, request):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     title, *lines = done.stdout.splitlines()
-    assert title == f"faults, store {store}, seed 26"
+    assert title == f"faults, store {store}, seed 16"
     found = {line[:24].strip(): int(line[24:].replace(",", "")) for line in lines}
     assert found["no store"] == 1
     assert found["answered"] >= found["acknowledged"] > 100
