@@ -152,6 +152,9 @@ class Missed:
         window, silent = last if is_open else {}, self._silent(server, well, now)
         if self.window is None and not silent and well.keys() - {server}:
             self.workers.hold(OTHERS_GAP)  # until it is clear whether others are well
+        if now < self._well_at:  # the clock was set back, and older times say nothing
+            self.refused_at = min(self.refused_at, now)
+            silent.append(now - GAP)
         if self.refused_at > max(self._well_at, last.get("at", 0.0)):
             if not self._is_calm():
                 self.window = window

@@ -319,6 +319,20 @@ def test_a_refused_callback_is_answered_before_the_next(sim, bots, tmp_path):
     assert texts[:2] == ["before", "refused"] and {*texts[2:]} == {"after"}
 
 
+def test_a_callback_that_is_refused_after_the_clock_was_set_back_is_answered(
+    sim, bots, tmp_path
+):
+    bots.start(rate_limit=0)
+    for text in ("refused", "refused later"):
+        with locked(tmp_path / "bot.db"):
+            assert bots.im.say(text).status_code == 503
+        poll(lambda text=text: text in bots.answered())
+        # What a clock that was an hour ahead leaves behind.
+        bots.bot.missed._well_at += 3600
+        window = bots.store.get("missed")
+        bots.store.put("missed", window | {"at": window["at"] + 3600})
+
+
 def test_a_callback_that_is_refused_while_a_window_is_open_is_not_overtaken(
     stopped, monkeypatch, tmp_path
 ):
