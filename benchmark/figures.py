@@ -1,138 +1,68 @@
-"""The figures of one run: of the bot on a store, or of a view that does nothing."""
+"""The figures of one run: of the bot on a store, or of what it is compared with."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlencode
+from tempfile import TemporaryDirectory
 
-from simulator import BotProcess, Delivered, Simulator
+from simulator import BotProcess, Delivered
 
-from .load import PEOPLE, Post, fire, person, question
-from .stage import MODES, stage, workers
+from .load import Post, fire, person, question
+from .stage import MODES, stage
+from .timed import CHUNKS, TimedSimulator, Usage, percentiles
 
 SETTINGS = {"WEB_CONCURRENCY": 2, "MAX_BACKLOG": 100_000, "BOT_LANGUAGE": "en"}
-NORMAL, TOO_MUCH = 200, 600  # messages a second; Tencent lets an app send 200
-SETTLE = 120.0  # seconds for the last answers
+SENDERS = 64
 
 Figures = dict[str, tuple[float, ...]]
 
 
-class TimedSimulator(Simulator):
-    """The stand-in, which notes when what came and went instead of what it was."""
+@dataclass(frozen=True)
+class Load:
+    """Callbacks at a rate, and an AI that answers after `delay`, or for `speech`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.remembers = False
-        self.users = {person(number) for number in range(PEOPLE)}
-        self.robots = dict.fromkeys(MODES, "")
-        self.im_seconds: list[float] = []
-        self.begin()
+    rate: int  # a second; Tencent lets an app send 200
+    seconds: int
+    delay: float = 2.0
+    speech: float = 0.0  # seconds over which a long answer is spoken
+    mode: str = "whole"
 
-    def begin(self) -> None:
-        """Forget what was."""
-        self.delivered.clear()
-        self.asked: dict[int, float] = {}  # question -> when the AI got it
-        self.ready: dict[int, float] = {}  # question -> when its answer begins
-        self.answered: dict[int, float] = {}  # question -> when that has ended
-        self.shown: dict[str, float] = {}  # user -> when a first text came
-
-    def complete(self, headers: Any, body: bytes) -> tuple[int, dict[str, Any]]:
-        answer = super().complete(headers, body)
-        number = question(json.loads(body)["messages"][-1]["content"])
-        self.ready.setdefault(number, time.time())
-        return answer
-
-    @contextmanager
-    def on_wire(
-        self, kind: str, url: str, body: Any, of: str | None = None, trace: str = ""
-    ) -> Iterator[dict[str, Any]]:
-        began = time.time()
-        try:
-            yield {}
-        finally:
-            self._note(kind, began, body)
-
-    def _note(self, kind: str, began: float, body: Any) -> None:
-        self.calls.clear()
-        self.ai_requests.clear()
-        if kind == "AI":
-            number = question(body["messages"][-1]["content"])
-            self.asked.setdefault(number, began)
-            self.answered[number] = time.time()
-        elif kind == "IM":
-            self.im_seconds.append(time.time() - began)
-            if "You" in json.dumps(body["MsgBody"]):
-                self.shown.setdefault(body["To_Account"], began)
-
-    def wait_for(self, count: int) -> None:
-        """Wait until so many answers are complete, or some are clearly lost."""
-        with suppress(TimeoutError):
-            self.wait(count, SETTLE, closed=True)
-
-    @property
-    def query(self) -> str:
-        """The signed query of a callback's URL."""
-        return urlencode(self.signed({"CallbackCommand": "Bot.OnC2CMessage"}))
+    def __str__(self) -> str:
+        what = f", {CHUNKS} chunks in {self.speech:.0f} s, {self.mode}"
+        return f"{self.rate} messages/s{what if self.speech else ''}"
 
 
-class Usage:
-    """CPU seconds and memory of a bot's processes, from /proc."""
-
-    def __init__(self, bot: BotProcess) -> None:
-        assert bot.process
-        self.pids = [bot.process.pid, *workers(bot)]
-        self.began = self.cpu()
-
-    def cpu(self) -> float:
-        """Return the CPU seconds they have used."""
-        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in self.pids]
-        fields = [stat.rpartition(")")[2].split() for stat in stats]
-        ticks = sum(int(values[11]) + int(values[12]) for values in fields)
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-    def spent(self) -> float:
-        """Return the CPU seconds they have used since this was made."""
-        return self.cpu() - self.began
-
-    def memory(self) -> float:
-        """Return the resident megabytes of the largest worker."""
-        texts = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids[1:]]
-        return max(int(t.split("VmRSS:")[1].split()[0]) for t in texts) / 1024
-
-
-def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """Return p50 and p99 in milliseconds."""
-    ordered, count = sorted(seconds) or [math.nan], len(seconds)
-    return ordered[count // 2] * 1000, ordered[count * 99 // 100] * 1000
+CALM, BUSY = Load(60, 5), Load(150, 4)
+LONG = Load(100, 4, delay=0.0, speech=2.0)
+NORMAL, TOO_MUCH = Load(200, 4), Load(600, 6)
+GROWING = [Load(30, 3, delay=0.2, speech=3.0, mode=mode) for mode in MODES.values()]
+LOADS = {
+    "sqlite": [CALM, BUSY, LONG, NORMAL, TOO_MUCH, *GROWING],
+    "postgres": [BUSY, NORMAL, TOO_MUCH],
+    "gevent": [CALM, BUSY, NORMAL],
+    "naive": [CALM, BUSY],
+    "bare": [],
+}
 
 
 def measure(store: str, pool: ProcessPoolExecutor) -> Figures:
-    """Return the figures of one run: of the bot on a store, or of the bare view."""
-    figures: Figures = {}
+    """Return the figures of one run."""
     simulator = TimedSimulator()
     with stage(store, simulator, SETTINGS | {"WORKER_THREADS": 16}) as (bot, _):
-        figures["start-up to the first 200, s"] = (bot.seconds_to_start,)
+        figures: Figures = {"start-up to the first 200, s": (bot.seconds_to_start,)}
         figures["memory of a process, idle, MB"] = (Usage(bot).memory(),)
-        simulator.ai_delay = 1000  # all threads wait for it
         figures |= acknowledge(simulator, bot, pool)
-    if store == "bare":
-        return figures
-    simulator = TimedSimulator()
-    with stage(store, simulator, SETTINGS | {"WORKER_THREADS": 512}) as (bot, _):
-        figures |= show_first(simulator)
-        simulator.ai_delay = 2.0
-        figures |= carry(simulator, bot, pool, NORMAL, 15)
-        figures |= carry(simulator, bot, pool, TOO_MUCH, 6)
+    if LOADS[store]:
+        simulator = TimedSimulator()
+        with stage(store, simulator, SETTINGS | {"WORKER_THREADS": 512}) as (bot, _):
+            figures |= carry_all(simulator, bot, pool, LOADS[store])
     return figures
 
 
@@ -140,8 +70,9 @@ def acknowledge(
     simulator: TimedSimulator, bot: BotProcess, pool: ProcessPoolExecutor
 ) -> Figures:
     """Measure how fast callbacks are taken, while no answer is made."""
+    simulator.ai_delay = 1000  # all threads wait for it
     pool.submit(fire, bot.port, simulator.query, 300, 0, 32).result()
-    posts, _ = pool.submit(fire, bot.port, simulator.query, 6000, 0, 32).result()
+    posts, _ = pool.submit(fire, bot.port, simulator.query, 3000, 0, 32).result()
     seconds = max(post.done for post in posts) - min(post.sent for post in posts)
     taken = percentiles([post.done - post.sent for post in posts])
     return {
@@ -151,76 +82,114 @@ def acknowledge(
     }
 
 
-def carry(
+def carry_all(
     simulator: TimedSimulator,
     bot: BotProcess,
     pool: ProcessPoolExecutor,
-    rate: int,
-    seconds: int,
+    loads: list[Load],
 ) -> Figures:
-    """Measure a load, to its last answer."""
+    """Measure loads, one after the other."""
+    figures, wrong = carry(simulator, bot, pool, Load(60, 1, delay=0.2))
+    figures.clear()  # threads, connections and files are there now
+    for load in loads:
+        found, more = carry(simulator, bot, pool, load)
+        figures |= found
+        wrong = [a + b for a, b in zip(wrong, more, strict=True)]
+    figures["memory of a process after all loads, MB"] = (Usage(bot).memory(),)
+    figures["refused / lost / twice / out of order"] = tuple(wrong)
+    return figures
+
+
+def carry(
+    simulator: TimedSimulator, bot: BotProcess, pool: ProcessPoolExecutor, load: Load
+) -> tuple[Figures, list[int]]:
+    """Measure a load, to its last answer; return what went wrong, too."""
     simulator.begin()
-    usage, ours = Usage(bot), time.process_time()
-    load = pool.submit(fire, bot.port, simulator.query, rate * seconds, rate, 64)
-    posts, generator = load.result()
-    memory = usage.memory()
+    simulator.ai_delay, simulator.ai_pace = load.delay, load.speech / CHUNKS
+    usage, ours, began = Usage(bot), time.process_time(), time.monotonic()
+    count, robot = load.rate * load.seconds, f"@RBT#{load.mode}"
+    what = (bot.port, simulator.query, count, load.rate, SENDERS, robot)
+    posts, generator = pool.submit(fire, *what).result()
     simulator.wait_for(sum(post.ok for post in posts))
-    born = [message.born for message in simulator.delivered] or [0.0]
-    ours, count = time.process_time() - ours, len(born)
+    spent, ours = usage.spent(), time.process_time() - ours
+    passed, count = time.monotonic() - began, len(simulator.delivered) or 1
+    figures: Figures = {f"{load}: CPU, ms an answer": (spent / count * 1000,)}
+    if load in GROWING:
+        figures[f"{load}: first text p50 / p99, ms"] = first_texts(simulator)
+    else:
+        figures[f"{load}: added p50 / p99, ms"] = added(simulator, posts)
+        late = percentiles([post.done - post.due for post in posts])
+        figures[f"{load}: ack p50 / p99, ms"] = late
+    if load is BUSY:
+        all_there_is = passed * (os.cpu_count() or 1) / 100
+        shares = [used / all_there_is for used in (spent, ours, generator)]
+        figures[f"{load}: bot / stand-in / load, % of the CPUs"] = tuple(shares)
+    return figures, wrong(posts, simulator.delivered)
+
+
+def added(simulator: TimedSimulator, posts: list[Post]) -> tuple[float, float]:
+    """Return what the bot adds to the time that the AI takes, in milliseconds."""
     shown = {question(m.text): m.born for m in simulator.delivered}
     asked, answered = simulator.asked, simulator.answered
-    added = [
-        asked[post.number] - post.sent + shown[post.number] - answered[post.number]
-        for post in posts
-        if post.number in shown
-    ]
-    late = percentiles([post.done - post.due for post in posts])
-    what = f"{rate} messages/s: "
-    lost, twice, misordered = wrong(posts, simulator.delivered)
-    return {
-        what + "answers a second": (count / (max(born) - min(born) or 1),),
-        what + "added p50 / p99, ms": percentiles(added),
-        what + "ack p50 / p99, ms": late,
-        what + "CPU of the bot, ms an answer": (usage.spent() / count * 1000,),
-        what + "CPU of load / stand-in, ms": (
-            generator / count * 1000,
-            ours / count * 1000,
-        ),
-        what + "memory of a process, MB": (memory,),
-        what + "refused / lost / twice / out of order": (
-            sum(not post.ok for post in posts),
-            *(lost, twice, misordered),
-        ),
-    }
+    return percentiles(
+        [
+            asked[post.number] - post.sent + shown[post.number] - answered[post.number]
+            for post in posts
+            if post.number in shown
+        ]
+    )
 
 
-def wrong(posts: list[Post], delivered: list[Delivered]) -> tuple[int, int, int]:
-    """Count what was lost, answered twice and out of order."""
+def first_texts(simulator: TimedSimulator) -> tuple[float, float]:
+    """Return the milliseconds from the AI's first chunk to a text on the screen."""
+    shown, ready = simulator.shown, simulator.ready
+    return percentiles([shown.get(person(n), math.inf) - ready[n] for n in ready])
+
+
+def wrong(posts: list[Post], delivered: list[Delivered]) -> list[int]:
+    """Count what was refused, lost, answered twice and out of order."""
     numbers: dict[str, list[int]] = defaultdict(list)
     for message in delivered:
         numbers[message.chat].append(question(message.text))
     answered = [number for chat in numbers.values() for number in chat]
     lost = {post.number for post in posts if post.ok} - {*answered}
     misordered = sum(a > b for n in numbers.values() for a, b in itertools.pairwise(n))
-    return len(lost), len(answered) - len({*answered}), misordered
+    refused, twice = sum(not p.ok for p in posts), len(answered) - len({*answered})
+    return [refused, len(lost), twice, misordered]
 
 
-def show_first(simulator: TimedSimulator) -> Figures:
-    """Measure the time from the AI's first chunk to the first text on the screen."""
+def measure_once(store: str, pool: ProcessPoolExecutor) -> Figures:
+    """Return the figures that one run shows well enough."""
     figures: Figures = {}
-    simulator.ai_delay, simulator.ai_pace = 0.2, 0.05
-    for robot, mode in MODES.items():
-        simulator.begin()
-        for number in range(20):
-            simulator.say(person(number), robot, f"question [{number}]")
-            time.sleep(0.1)
-        simulator.wait_for(20)
-        shown, ready = simulator.shown, simulator.ready
-        waits = [shown.get(person(n), math.inf) - ready[n] for n in ready]
-        name = f"AI's answer begins to a text, {mode}, p50 / max, ms"
-        figures[name] = percentiles(waits)
-    figures["IM call of the stand-in, p50 / p99, ms"] = percentiles(
-        simulator.im_seconds
-    )
-    simulator.ai_pace = 0.0
+    if store in ("sqlite", "gevent"):
+        simulator = TimedSimulator()
+        simulator.ai_delay = 1000
+        with stage(store, simulator, SETTINGS) as (bot, _):
+            what = (bot.port, simulator.query, 10_000, 0, SENDERS)
+            posts, _ = pool.submit(fire, *what, keep=True).result()
+        refused = sum(not post.ok for post in posts)
+        figures["refused of 10,000 on kept connections"] = (refused,)
+    if store in ("sqlite", "naive"):
+        figures |= over_tls(store, pool)
     return figures
+
+
+def over_tls(store: str, pool: ProcessPoolExecutor) -> Figures:
+    """Measure a load whose AI and IM are reached by HTTPS."""
+    with TemporaryDirectory() as folder:
+        simulator = TimedSimulator()
+        try:
+            certificate = simulator.encrypt(Path(folder))
+        except FileNotFoundError:  # without openssl
+            return {}
+        settings = SETTINGS | {"REQUESTS_CA_BUNDLE": certificate}
+        with stage(store, simulator, settings | {"WORKER_THREADS": 512}) as (bot, _):
+            figures, _ = carry(simulator, bot, pool, CALM)
+        cpu = figures[f"{CALM}: CPU, ms an answer"]
+        return {
+            f"{CALM}, over TLS: CPU, ms an answer": cpu,
+            "handshakes / answers of that": (
+                simulator.connections,
+                len(simulator.delivered),
+            ),
+        }

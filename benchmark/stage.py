@@ -26,15 +26,8 @@ DATABASES: dict[str, Callable[[], Database]] = {
     # As few connections as the smallest plans of platforms have.
     "postgres": lambda: PostgresServer(max_connections=20),
 }
-BARE = """
-from flask import Flask
-app = Flask(__name__)
-
-@app.post("/im")
-@app.get("/healthz")
-def view():
-    return {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
-"""
+GEVENT = " --worker-class gevent --keep-alive 0"
+OTHER_APPS = ("naive", "bare")  # of naive.py
 
 # Python runs it at its start as sitecustomize. (Under libfaketime 0.9.10, Debian's,
 # time.sleep of Python 3.11 fails: https://github.com/wolfcw/libfaketime/issues/426)
@@ -52,11 +45,11 @@ def stage(
 ) -> Iterator[tuple[BotProcess, Database]]:
     """Run a stand-in, its bot and the bot's database; end them all.
 
-    The store "bare" means a Flask view that does nothing, under the same command.
-    With a clock of its own, set_clock can set the bot's.
+    The store "gevent" is SQLite under another class of gunicorn's workers; one of
+    OTHER_APPS is that app instead of the bot, under the same command. With a clock of
+    its own, set_clock can set the bot's.
     """
-    bare = store == "bare"
-    database = DATABASES["sqlite" if bare else store]()
+    database = DATABASES.get(store, SQLiteFile)()
     with simulator, database, tempfile.TemporaryDirectory() as folder:
         robots = Path(folder, "robots.toml")
         lines = [f'["{name}"]\nreply_mode = "{mode}"\n' for name, mode in MODES.items()]
@@ -67,9 +60,10 @@ def stage(
             Path(folder, "sitecustomize.py").write_text(CLOCK)
             bot.env["PYTHONPATH"] = folder
             set_clock(bot, 0)
-        if bare:
-            Path(folder, "bare.py").write_text(BARE)
-            bot.command[-1:] = ["--pythonpath", folder, "bare:app"]
+        if store in OTHER_APPS:
+            bot.command[-1] = f"benchmark.naive:{store}()"
+        if store == "gevent":
+            bot.env["GUNICORN_CMD_ARGS"] += GEVENT
         try:
             yield bot.start(), database
         finally:

@@ -200,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
             return not self.connection.recv(1, flags)
-        except BlockingIOError:
+        except (BlockingIOError, ValueError):  # or TLS, which hides it
             return False
         except OSError:
             return True
