@@ -148,7 +148,7 @@ class Missed:
             return
         server, now = server_name(), time.time()
         well, last = self.store.get("well") or {}, self.store.get("missed") or {}
-        is_open = last and self.store.state(last["id"]) in (None, "open")
+        is_open = bool(last) and self.store.state(last["id"]) in (None, "open")
         window, silent = last if is_open else {}, self._silent(server, well, now)
         if self.window is None and not silent and well.keys() - {server}:
             self.workers.hold(OTHERS_GAP)  # until it is clear whether others are well
@@ -160,7 +160,11 @@ class Missed:
                 self.window = window
                 return  # later
             silent.append(self._well_at)
-        self.window = self._open(silent, window, now) if silent else window
+        # What the last window is about to look up is looked up in the next one.
+        recent = is_open or now - last.get("at", 0.0) < PATIENCE
+        if silent:
+            window = self._open(silent, last if recent else {}, now)
+        self.window = window
         well = {s: at for s, at in well.items() if now - at < AWAY and at not in silent}
         self.store.put("well", well | {server: now})
         self._well_at = now
@@ -177,10 +181,11 @@ class Missed:
             return []
         return [at for at in well.values() if at < min(self._began, now - OTHERS_GAP)]
 
-    def _open(self, silent: list[float], still_open: Json, now: float) -> Json:
-        """Open a window that begins at the first of these times; return it."""
-        since = int(max(min(silent), now - self.config.catch_up))
-        since = min(since, still_open.get("since", since))
+    def _open(self, silent: list[float], last: Json, now: float) -> Json:
+        """Open a window that begins at the first of these times, and no later than the
+        last one did; return it."""
+        first = min(*silent, last.get("since", now))
+        since = int(max(first, now - self.config.catch_up))
         job = Message(f"missed\t{max(silent)}", "", "", "", kind="missed", sent=since)
         window = {"id": job.id, "since": since, "at": now}
         self.store.put("missed", window)
@@ -223,18 +228,18 @@ class Missed:
         return True
 
     def _run(self, work: InFlight, message: Message) -> None:
-        claim = work.claim
-        if message.robot and (delay := self.history.delay()):
+        claim, needed = work.claim, not self._is_superseded(message)
+        if needed and message.robot and (delay := self.history.delay()):
             return self.store.release(claim, delay)
         try:
             with self._or_warning(message.id):
                 if claim.spent:
                     logger.warning("%s is given up", claim.id)
-                elif message.robot:
+                elif needed and message.robot:
                     self._look_up(message)
                     # Clients sort a second by MsgSeq, which is made of seq.
                     self.store.renumber(claim)
-                elif self._is_last(message.id):
+                elif needed:
                     self._list(work, message)
         except IMError as error:
             if time.time() - claim.accepted < PATIENCE:
@@ -256,9 +261,11 @@ class Missed:
                 why = error if isinstance(error, IMError) else type(error).__name__
                 logger.warning("what was missed cannot be looked up: %s", why)
 
-    def _is_last(self, id: str) -> bool:
-        """Return whether no window was opened later, which would begin no later."""
-        return (self.store.get("missed") or {}).get("id") == id
+    def _is_superseded(self, message: Message) -> bool:
+        """Return whether a later window, which begins no later, does this, too."""
+        last = self.store.get("missed") or {}
+        is_of_last = last and f"{message.id}\t".startswith(f"{last['id']}\t")
+        return bool(last) and not is_of_last and last["since"] <= message.sent
 
     def _list(self, work: InFlight, job: Message) -> None:
         """Add a task for each conversation with news since the window began."""
@@ -269,7 +276,7 @@ class Missed:
     def _list_one(self, work: InFlight, job: Message, robot: str) -> None:
         window = {"id": job.id, "since": job.sent}
         for user, group in self.history.conversations(robot, job.sent - MARGIN):
-            if work.lost or self.workers.draining or not self._is_last(job.id):
+            if work.lost or self.workers.draining or self._is_superseded(job):
                 raise LeaseLost
             chat = Message("", robot, user, "", group)
             key = chat.conversation(self.config.group_memory == "member")

@@ -117,6 +117,22 @@ def test_a_callback_that_comes_before_the_look_up_waits_for_it(stopped, unlisted
     assert sim.looked_up[ROBOT, "jared"] == 1
 
 
+def test_after_two_outages_in_a_row_a_conversation_is_looked_up_once(stopped):
+    sim, store, since = stopped.sim, stopped.store, int(time.time()) - 8
+    sim.say("jared", ROBOT, "first")
+    window = {"id": "missed\t1.0", "since": since, "at": time.time()}
+    store.put("missed", window)  # an outage that was not caught up when the next began
+    chat = tim.Message("", ROBOT, "jared", "").conversation()
+    id = f"{window['id']}\t{chat}"
+    task = tim.Message(id, ROBOT, "jared", "", kind="missed", sent=since)
+    store.add(id, chat, task.data(), reply="")
+    sim.say("jared", ROBOT, "second")
+    stopped.stop(away=6.0)
+    stopped.start()
+    assert stopped.answered() == ["before", "first", "second"]
+    assert sim.looked_up[ROBOT, "jared"] == 1
+
+
 def test_of_one_second_tencents_order_holds(stopped, unlisted):
     """Callbacks of this second came before what was missed, in between, and after."""
     sim, now = stopped.sim, int(time.time())
