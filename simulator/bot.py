@@ -47,7 +47,8 @@ class BotProcess:
         self.env["PATH"] = f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}"
         self.env |= bot_settings(simulator)
         self.env["DATABASE_URL"] = f"sqlite:///{folder}/bot.db"
-        self.env["GUNICORN_CMD_ARGS"] = f"--bind 127.0.0.1:{self.port}"
+        more = os.environ.get("GUNICORN_CMD_ARGS", "")  # as another class of workers
+        self.env["GUNICORN_CMD_ARGS"] = f"--bind 127.0.0.1:{self.port} {more}"
         self.env |= {name: str(value) for name, value in settings.items()}
         line = ROOT.joinpath("Procfile").read_text().split("web:")[1].splitlines()[0]
         self.command, self.folder = shlex.split(line), ROOT

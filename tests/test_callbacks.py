@@ -225,7 +225,7 @@ def test_stops_without_end_do_not_fill_the_store(sim, make_app):
 @pytest.mark.slow
 def test_im_that_refuses_for_minutes_gets_the_answer_later(sim, make_app, monkeypatch):
     """20004 is a sure refusal: nothing may have arrived, so nothing counts as sent."""
-    app = make_app()
+    app = make_app(catch_up=0)
     im, store = Caller(sim, app.test_client()), app.extensions["bot"].store
     sim.fault, clock = (lambda command, body: 20004), time.time
     im.say("hello")
