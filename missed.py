@@ -228,18 +228,22 @@ class Missed:
         return True
 
     def _run(self, work: InFlight, message: Message) -> None:
-        claim, needed = work.claim, not self._is_superseded(message)
-        if needed and message.robot and (delay := self.history.delay()):
+        claim = work.claim
+        if later := self._superseding(message):
+            if message.robot:  # else what waits behind it could go on
+                self._add_task(later, message, claim.conversation)
+            return self.workers.when_store_works(self.store.finish, claim)
+        if message.robot and (delay := self.history.delay()):
             return self.store.release(claim, delay)
         try:
             with self._or_warning(message.id):
                 if claim.spent:
                     logger.warning("%s is given up", claim.id)
-                elif needed and message.robot:
+                elif message.robot:
                     self._look_up(message)
                     # Clients sort a second by MsgSeq, which is made of seq.
                     self.store.renumber(claim)
-                elif needed:
+                else:
                     self._list(work, message)
         except IMError as error:
             if time.time() - claim.accepted < PATIENCE:
@@ -261,11 +265,11 @@ class Missed:
                 why = error if isinstance(error, IMError) else type(error).__name__
                 logger.warning("what was missed cannot be looked up: %s", why)
 
-    def _is_superseded(self, message: Message) -> bool:
-        """Return whether a later window, which begins no later, does this, too."""
-        last = self.store.get("missed") or {}
-        is_of_last = last and f"{message.id}\t".startswith(f"{last['id']}\t")
-        return bool(last) and not is_of_last and last["since"] <= message.sent
+    def _superseding(self, message: Message) -> Json:
+        """Return a later window that begins no later, and so does this work, too."""
+        last = self.store.get("missed") or {"id": "", "since": time.time()}
+        is_of_last = f"{message.id}\t".startswith(f"{last['id']}\t")
+        return {} if is_of_last or last["since"] > message.sent else last
 
     def _list(self, work: InFlight, job: Message) -> None:
         """Add a task for each conversation with news since the window began."""
@@ -276,7 +280,7 @@ class Missed:
     def _list_one(self, work: InFlight, job: Message, robot: str) -> None:
         window = {"id": job.id, "since": job.sent}
         for user, group in self.history.conversations(robot, job.sent - MARGIN):
-            if work.lost or self.workers.draining or self._is_superseded(job):
+            if work.lost or self.workers.draining or self._superseding(job):
                 raise LeaseLost
             chat = Message("", robot, user, "", group)
             key = chat.conversation(self.config.group_memory == "member")

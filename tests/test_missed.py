@@ -18,6 +18,7 @@ import tim
 from conftest import Caller, idle, poll, said_to
 from simulator import BotProcess, text_body
 from simulator.history import LOOKUPS
+from workers import InFlight
 
 ROBOT, GROUP = "@RBT#001", "@TGS#demo"
 LIST, ROAM, _ = LOOKUPS
@@ -762,3 +763,16 @@ def test_a_message_comes_behind_the_look_up_whoever_claims_it(stopped):
         claim = stopped.store.claim()
         assert claim.data["kind"] == kind
         stopped.store.finish(claim)
+
+
+def test_a_task_hands_what_waits_behind_it_to_that_of_a_later_window(stopped):
+    """Of which a process that claims what waits may not know yet."""
+    catcher, store = stopped.bot.missed, stopped.store
+    catcher.window = {"id": "missed\t1.0", "since": 5, "at": 2.0}
+    event = stopped.sim.say("jared", ROBOT, "hi")
+    [message] = tim.parse("Bot.OnC2CMessage", event)
+    stopped.bot.accept(message)
+    store.put("missed", {"id": "missed\t2.0", "since": 5, "at": 3.0})
+    work = InFlight(store.claim())
+    catcher.comes_first(work, botserver.read_message(work.claim.data))
+    assert store.claim().id.startswith("missed\t2.0\t")
