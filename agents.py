@@ -26,6 +26,7 @@ from session import CallEnded, CancelScope
 
 STOP_TIMEOUT = 5  # seconds for the call that stops Dify
 LONGEST_VISITOR = 64  # bytes of a user's name for ADP
+REMOTE_IMAGE: Json = {"type": "image", "transfer_method": "remote_url"}
 REPEATED = 20  # characters; a piece that begins with so many is all that came before
 
 
@@ -50,10 +51,7 @@ def dify(provider: Provider, question: Question) -> Texts:
         user=memory["user"],
         conversation_id=known,
         response_mode="streaming",  # an Agent app knows no other
-        files=[
-            {"type": "image", "transfer_method": "remote_url", "url": url}
-            for url in pictures(question)
-        ],
+        files=[REMOTE_IMAGE | {"url": url} for url in pictures(question)],
     )
     path = "/chat-messages"
     try:
