@@ -135,7 +135,7 @@ class CardReply(EditedReply):
 class StreamReply(GrowingReply):
     """Tencent's own streaming message, to which text can only be added."""
 
-    update_interval = 0.2
+    update_interval = 0.4
     keep_alive_after = KEEP_ALIVE
     limit = 100_000  # bytes; Tencent refuses a stream of 128 KB
 

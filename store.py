@@ -35,6 +35,7 @@ MAX_ATTEMPTS = 3  # claims that may end without a word before a message is faile
 MINUTE = 60  # seconds over which add's `rate` counts
 NO_LIMIT = 2**31 - 1
 BATCH = 500  # messages deleted in one transaction
+LOOK_EVERY = 0.0005  # seconds between two looks at a locked file
 BUSY_TIMEOUT = 1.5  # seconds to wait for a locked file; Tencent waits 2 for an answer
 TURN_TIMEOUT = 5.0  # seconds a worker lets callbacks go first, at the most
 CONVERSIONS = [  # of older files; without one delete its line and its file
@@ -334,7 +335,7 @@ class SQLiteStore(Store):
             for name in CONVERSIONS:
                 resolve_name(name)(self._writer, schema)
             self._writer.executescript(schema)
-            self._writer.execute("PRAGMA busy_timeout = 5")  # milliseconds
+            self._writer.execute("PRAGMA busy_timeout = 0")  # see _execute
             self._writer.execute("PRAGMA synchronous = FULL")
             self._synchronous = "FULL"
         except (OSError, sqlite3.Error) as error:
@@ -352,7 +353,7 @@ class SQLiteStore(Store):
         """Do a step or a statement, as soon as the lock is free.
 
         SQLite does not always wait, and when it does, it looks so seldom that busy
-        processes let others starve.
+        processes let others starve, and both stand idle in between.
         """
         if callable(step):
             return step(self._execute, values)
@@ -365,6 +366,7 @@ class SQLiteStore(Store):
                 busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
                 if not busy or time.monotonic() > deadline:
                     raise
+            time.sleep(LOOK_EVERY)
 
     def _write(self, step: Step, values: Data) -> Any:
         pending = PendingWrite(step, values)
@@ -430,7 +432,9 @@ class SQLiteStore(Store):
     def _checkpoint(self) -> None:
         """Take deleted texts off the disk; the WAL file becomes small again, too."""
         with self._write_lock, suppress(sqlite3.Error):
+            self._writer.execute("PRAGMA busy_timeout = 5")  # milliseconds
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._writer.execute("PRAGMA busy_timeout = 0")
 
     def durability(self) -> str:
         return f"{self.path}: on this disk before a callback is acknowledged"

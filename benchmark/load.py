@@ -109,5 +109,9 @@ class Kept:
             answer.read()
             return answer.status == 200
         except (OSError, HTTPException):
-            self.line.close()
+            self.close()
             return False
+
+    def close(self) -> None:
+        """Close it; the next body opens another."""
+        self.line.close()

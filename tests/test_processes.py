@@ -14,14 +14,16 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 import requests
 
 import botserver
+from benchmark.load import Kept
 from commands import TEXTS
 from conftest import STORY, Caller, idle, poll, said_to
-from simulator import BotProcess, running
+from simulator import BotProcess, c2c_event, running
 
 
 def test_answers_cut_by_a_crash_end_closed_and_true(tmp_path):
@@ -287,6 +289,38 @@ def test_sighup_reloads_without_a_refused_callback(sim, start_bot):
     sim.wait(len(answers), timeout=40)
     for user in range(4):
         assert said_to(sim, f"user{user}") == [str(n) for n in range(asked[user])]
+
+
+@pytest.mark.slow
+def test_a_client_that_keeps_its_connections_loses_no_callback(sim, start_bot):
+    """It rests for about as long as gunicorn by default keeps a connection, 2 s."""
+    bot, taken = start_bot(WEB_CONCURRENCY=2), []
+    sim.users |= {f"user{n}" for n in range(200)}
+    query = urlencode(sim.signed({"CallbackCommand": "Bot.OnC2CMessage"}))
+
+    def ask_three_times(users):
+        lines = {user: Kept(bot.port, query) for user in users}
+        due = dict.fromkeys(users, 0.0)
+        for turn in range(3):
+            for user, line in lines.items():
+                time.sleep(max(0.0, due[user] - time.monotonic()))
+                event = c2c_event(user, "@RBT#001", f"{turn}")
+                taken.append(line(json.dumps(event).encode()))
+                due[user] = time.monotonic() + random.uniform(1.9, 2.1)
+        for line in lines.values():
+            line.close()
+
+    everybody = sorted(sim.users - {"jared", "lin"})
+    threads = [
+        threading.Thread(target=ask_three_times, args=(everybody[start::8],))
+        for start in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert taken.count(True) == len(taken) == 600
+    sim.wait(600, timeout=60)
 
 
 def memory(pid):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import logging
 import socket
 import ssl
@@ -21,6 +22,7 @@ from config import SERVICES, load
 from conftest import AI_KEY, ANSWER, QUESTION, RECORDED, delta, dribble, sse
 from providers import PROVIDERS, Provider, ProviderError
 from session import CallEnded, CancelScope, Session
+from tim import Client
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
@@ -494,6 +496,41 @@ def test_a_thousand_answers_take_no_more_connections_than_threads(ai_socket, int
         thread.join()
     assert answers.count(ANSWER) == 1000
     assert len(server.peers) <= 8
+
+
+def test_a_thousand_calls_of_im_take_no_more_connections_than_threads(ai_socket):
+    ok = b'{"ActionStatus":"OK","ErrorCode":0,"ErrorInfo":""}'
+    server = ai_socket(keeping(ok))
+    client = Client(server.url, 1400000000, "key", "administrator", threads=8)
+
+    def work():
+        for _ in range(1000 // 8):
+            answers.append(client.call("openim/sendmsg", {}))
+
+    answers = []
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 1000
+    assert len(server.peers) <= 8
+
+
+def test_a_request_goes_out_as_one_packet(ai_socket, monkeypatch):
+    packets, send = [], http.client.HTTPConnection.send
+
+    def spy(connection, data):
+        packets.append(data)
+        send(connection, data)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "send", spy)
+    server = ai_socket(keeping(b"{}"))
+    session = Session(server.url)
+    for _ in range(2):
+        session.post(f"{server.url}/x", b'{"a": 1}', {}, (5, 5))
+    assert len(packets) == 2
+    assert all(p.startswith(b"POST /x") and p.endswith(b'{"a": 1}') for p in packets)
 
 
 def test_calls_between_two_texts_are_not_under_the_scope_of_the_answer(ai_socket):
