@@ -141,6 +141,8 @@ class PostgresStore(Store):
                     raise StoreError(self._redacted(error)) from None
 
     def _transact(self, step: Step, values: Data) -> Any:
+        # This process may live on when the server crashes: nobody would end a message
+        # again that is open once more. (SQLite's file crashes with its processes.)
         durable = step in (add_step, end_step)
         begin = BEGIN + ("" if durable else "SET LOCAL synchronous_commit = off; ")
         commit = "; COMMIT" if isinstance(step, str) else ""

@@ -94,8 +94,8 @@ class Store:
     def _write(self, step: Step, values: Data) -> Any:
         """Do one statement, or a step of several in one transaction.
 
-        What add_step writes is on the disk before it returns; other steps can be done
-        again after a power cut.
+        What add_step writes is on the disk before it returns; other steps are done
+        again after a power cut, unless an engine can crash alone.
         """
         raise NotImplementedError
 

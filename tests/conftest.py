@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import strategies as st
 
 import providers
 from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer
@@ -84,6 +85,19 @@ def delta(text=None, finish=None, **more):
 def message(text, finish="stop", **more):
     choice = {"index": 0, "message": {"role": "assistant", "content": text, **more}}
     return {"choices": [{**choice, "finish_reason": finish}]}
+
+
+def json_values(names, *texts):
+    """Return a strategy for JSON whose objects have these names, and these texts."""
+    texts = st.sampled_from(texts) if texts else st.nothing()
+    return st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=2)
+            | st.dictionaries(st.sampled_from(names.split()), inner | texts, max_size=5)
+        ),
+        max_leaves=12,
+    )
 
 
 @pytest.fixture

@@ -18,7 +18,18 @@ from hypothesis import strategies as st
 import agents
 import tim
 from config import Config
-from conftest import ANSWER, A, B, Caller, ai_json, idle, poll, said_to, sse
+from conftest import (
+    ANSWER,
+    A,
+    B,
+    Caller,
+    ai_json,
+    idle,
+    json_values,
+    poll,
+    said_to,
+    sse,
+)
 from providers import ProviderError, new_memory
 from session import CancelScope
 from simulator import running
@@ -203,20 +214,10 @@ def test_sensitive_content_that_adp_finds_in_the_question_is_told():
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-        lambda inner: (
-            st.lists(inner, max_size=2)
-            | st.dictionaries(
-                st.sampled_from(
-                    "event answer task_id conversation_id data status code error type "
-                    "payload content is_final is_from_self is_evil message".split()
-                ),
-                inner | st.sampled_from(["message", "message_end", "reply", "error"]),
-                max_size=5,
-            )
-        ),
-        max_leaves=12,
+    json_values(
+        "event answer task_id conversation_id data status code error type payload "
+        "content is_final is_from_self is_evil message",
+        *("message", "message_end", "reply", "error"),
     ),
     st.sampled_from(["dify", "adp"]),
 )

@@ -32,6 +32,7 @@ from conftest import (
     B,
     ai_json,
     delta,
+    json_values,
     message,
     sse,
 )
@@ -559,20 +560,9 @@ def test_an_answer_without_text_is_an_error_that_is_not_tried_again(body):
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-        lambda inner: (
-            st.lists(inner, max_size=2)
-            | st.dictionaries(
-                st.sampled_from(
-                    "choices delta message content finish_reason error code type "
-                    "base_resp status_code reply".split()
-                ),
-                inner,
-                max_size=4,
-            )
-        ),
-        max_leaves=12,
+    json_values(
+        "choices delta message content finish_reason error code type base_resp "
+        "status_code reply"
     ),
     st.sampled_from([200, 400, 429]),
 )
