@@ -33,7 +33,9 @@ FORBIDDEN = "this is forbidden, all of it"
 
 
 def word_filter(command, body):
-    return 80001 if "forbidden" in str(body) else None
+    # A stream may be cut in the middle of the word; one of these is in a piece of it.
+    found = any(part in str(body) for part in ("forb", "idden"))
+    return 80001 if found else None
 
 
 def health(im):
@@ -191,7 +193,7 @@ def test_nor_is_it_sent_after_a_restart_that_comes_late(
     im, faults = Caller(sim, app.test_client()), ["late"] * 3
     sim.fault = lambda command, body: faults and faults.pop()
     im.say("tell")
-    poll(lambda: not faults and idle(im) or health(im)["waiting"])
+    poll(lambda: not faults and (idle(im) or health(im)["waiting"]))
     app.extensions["bot"].close(drain=1)
     time.sleep(4)
     im = Caller(sim, make_app(reply_mode=mode).test_client())
