@@ -1226,7 +1226,7 @@ def test_nor_does_the_file_of_version_1_that_it_was(tmp_path):
 
 # What SQLite reads from one end to the other, and why it may.
 FAILED = "SCAN message USING INDEX message_failed"  # which holds nothing else
-ALL_OPEN = "SEARCH conversation USING COVERING INDEX conversation_due"
+ALL_OPEN = "SEARCH conversation USING INDEX conversation_due"
 MEANT_SCANS = {
     "load": {"SCAN conversation"},  # counts all of it; it holds only what is open
     "stats": {ALL_OPEN, FAILED},  # finds the oldest of what is open
@@ -1240,9 +1240,9 @@ def test_sqlite_answers_its_questions_from_indexes(sqlite):
     for name, sql in sqlite._sql.items():
         values = dict.fromkeys(re.findall(r":(\w+)", sql))
         plan = sqlite._reader.execute(f"EXPLAIN QUERY PLAN {sql}", values)
-        steps = [
-            step for *_, step in plan if re.match(".* (message|conversation)", step)
-        ]
+        # Whether an index covers all that is asked depends on SQLite's version.
+        plan = [step.replace(" COVERING", "") for *_, step in plan]
+        steps = [step for step in plan if re.match(".* (message|conversation)", step)]
         scans = {step for step in steps if not re.search(r"[(].*[)]", step)}
         assert scans == MEANT_SCANS.get(name, set()), name
 
