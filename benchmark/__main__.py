@@ -37,7 +37,7 @@ from .figures import (
     measure,
     measure_once,
 )
-from .stage import OTHER_APPS
+from .stage import OTHER_APPS, STORES
 
 HEADS = {
     "sqlite": "SQLite",
@@ -131,7 +131,7 @@ def number(value: float) -> str:
 
 def columns(store: str | None) -> list[str]:
     """Return the columns that this machine can fill."""
-    stores = [store] if store else ["sqlite", "postgres", "gevent"]
+    stores = [store] if store else STORES
     try:
         find("initdb")
     except NotInstalled as error:
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmark", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--store", choices=["sqlite", "postgres", "gevent"])
+    parser.add_argument("--store", choices=STORES)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     interrupt_on_signals()

@@ -2,6 +2,7 @@
 
     python -m benchmark.faults                      on SQLite
     python -m benchmark.faults --store postgres     on a PostgreSQL of its own
+    python -m benchmark.faults --store gevent       on SQLite, under gevent
     python -m benchmark.faults --seconds 60         for a time
     python -m benchmark.faults --seed 7             with other accidents
 
@@ -29,7 +30,7 @@ from simulator import BotProcess, Simulator, interrupt_on_signals
 
 from .accidents import Accidents, break_services
 from .judge import judge_all
-from .stage import DATABASES, stage
+from .stage import STORES, stage
 from .users import Users
 
 QUIET = 20.0  # seconds between two accidents; three in one answer make it fail
@@ -110,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmark.faults", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--store", choices=[*DATABASES], default="sqlite")
+    parser.add_argument("--store", choices=STORES, default="sqlite")
     parser.add_argument("--messages", type=int, default=20_000)
     parser.add_argument("--seconds", type=float, default=1800, help="of asking at most")
     parser.add_argument("--seed", type=int, default=random.randrange(1000))

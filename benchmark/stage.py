@@ -26,6 +26,7 @@ DATABASES: dict[str, Callable[[], Database]] = {
     # As few connections as the smallest plans of platforms have.
     "postgres": lambda: PostgresServer(max_connections=20),
 }
+STORES = [*DATABASES, "gevent"]  # see stage
 GEVENT = " --worker-class gevent --keep-alive 0"
 OTHER_APPS = ("naive", "bare")  # of naive.py
 

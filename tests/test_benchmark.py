@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 
 import pytest
 import requests
@@ -14,7 +15,7 @@ import requests
 from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer, find
 from benchmark.faults import MUST_BE_ZERO
 from benchmark.judge import judge_all
-from benchmark.stage import set_clock, stage
+from benchmark.stage import STORES, set_clock, stage
 from benchmark.users import Chat
 from conftest import HERE
 from simulator import Delivered, Simulator, text_body
@@ -27,8 +28,19 @@ def postgres():
     try:
         find("initdb"), find("pgbouncer")
     except NotInstalled as error:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(error))
+        miss(str(error))
     return psycopg
+
+
+@pytest.fixture
+def gevent():
+    if not find_spec("gevent"):
+        miss("gevent is not installed")
+
+
+def miss(what):
+    """Fail in CI, and skip the test elsewhere."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
 
 
 def ask(psycopg, url, question):
@@ -198,10 +210,10 @@ def test_the_judge_sorts_as_a_client_does():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+@pytest.mark.parametrize("store", STORES)
 def test_a_short_campaign_ends_with_zeros(store, request):
-    if store == "postgres":
-        request.getfixturevalue("postgres")
+    if store != "sqlite":
+        request.getfixturevalue(store)
     # With this seed the database goes away.
     words = f"-m benchmark.faults --store {store} --seconds 3 --seed 16"
     done = subprocess.run(
