@@ -64,7 +64,7 @@ class History:
             turn = max(self._free_at, time.monotonic())
             self._free_at = turn + 1 / RATE
         time.sleep(max(0.0, turn - time.monotonic()))
-        return self.im.call(command, body, waits=())
+        return self.im.call(command, body)
 
     def conversations(self, robot: str, since: float) -> Iterator[tuple[str, str]]:
         """Yield the user and the group of each conversation of a robot with news.
@@ -182,16 +182,16 @@ class Missed:
         return [at for at in well.values() if at < min(self._began, now - OTHERS_GAP)]
 
     def _open(self, silent: list[float], last: Json, now: float) -> Json:
-        """Open a window that begins at the first of these times, and no later than the
-        last one did; return it."""
-        first = min(*silent, last.get("since", now))
-        since = int(max(first, now - self.config.catch_up))
+        """Open a window for what was missed since the first of these times, and for
+        all that the last one was opened for; return it."""
+        began = int(max(min(silent), now - self.config.catch_up))
+        since = min(began, last.get("since", began))
         job = Message(f"missed\t{max(silent)}", "", "", "", kind="missed", sent=since)
-        window = {"id": job.id, "since": since, "at": now}
+        window = {"id": job.id, "since": since, "began": began, "at": now}
         self.store.put("missed", window)
         added = self.workers.add(job.id, "missed", job.data(), reply="", sent=now)
         if added == Added.NEW:
-            logger.info("callbacks may have failed in the last %.0f s", now - since)
+            logger.info("callbacks may have failed in the last %.0f s", now - began)
         return window
 
     def guard(self, message: Message, conversation: str) -> bool:
@@ -293,15 +293,18 @@ class Missed:
         for item in self.history.messages(task, int(task.sent) - MARGIN):
             with suppress(tim.BadEvent):
                 found += self._read(item, task)
-        known = {
-            message.id: message.sent
+        states = {message.id: self.store.state(message.id) for message in found}
+        # While a conversation is to be looked up, nothing in it is answered. So what an
+        # answered message overtook before the last outage was not missed in any.
+        last = self.store.get("missed") or {}
+        began = max(task.sent, last.get("began", 0.0))
+        overtook = [
+            message.sent
             for message in found
-            if self.store.state(message.id)
-        }
-        # One that was overtaken before the window began was not missed in it.
-        well = max((sent for sent in known.values() if sent < task.sent), default=0.0)
+            if message.sent < began and states[message.id] not in (None, "open")
+        ]
         for message in found:
-            if message.id not in known and message.sent > well:
+            if not states[message.id] and message.sent > max(overtook, default=0.0):
                 self._accept(message)
 
     def _read(self, item: Json, task: Message) -> list[Message]:

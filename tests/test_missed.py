@@ -21,7 +21,7 @@ from simulator.history import LOOKUPS
 from workers import InFlight
 
 ROBOT, GROUP = "@RBT#001", "@TGS#demo"
-LIST, ROAM, _ = LOOKUPS
+LIST, ROAM, IN_GROUP = LOOKUPS
 USERS = [f"user{number}" for number in range(60)]
 MESSAGES, A_SECOND = 600, 50
 
@@ -155,9 +155,7 @@ def test_what_needs_no_answer_is_left(stopped):
     overtaken before the outage."""
     sim, now = stopped.sim, int(time.time())
     overtaken = sim.say("jared", ROBOT, "overtaken", MsgTime=now - 10)
-    known = sim.say("jared", ROBOT, "known", MsgTime=now - 9)
-    [message] = tim.parse("Bot.OnC2CMessage", known)
-    stopped.bot.accept(message)
+    keep_as_answered(stopped, sim.say("jared", ROBOT, "known", MsgTime=now - 9))
     sim.recall(sim.say("jared", ROBOT, "recalled"))
     sim.say("jared", ROBOT, "/stop")
     button = {"Data": '{"chatbotPlugin": 2, "src": 22, "msgKey": "1_2_3"}'}
@@ -166,8 +164,32 @@ def test_what_needs_no_answer_is_left(stopped):
     sim.say("jared", ROBOT, "online only", OnlineOnlyFlag=1)
     sim.say("jared", ROBOT, "wanted")
     stopped.start()
-    assert stopped.answered() == ["before", "known", "wanted"]
+    assert stopped.answered() == ["before", "wanted"]
     assert overtaken in sim.said
+
+
+def keep_as_answered(bots, event):
+    [message] = tim.parse("Bot.OnC2CMessage", event)
+    about = (message.id, message.conversation(), message.data())
+    bots.store.add(*about, sent=message.sent)
+    claim = bots.store.claim()
+    assert claim.id == message.id and bots.store.save_reply(claim, "yes", {})
+    assert bots.store.finish(claim)
+
+
+def test_what_the_network_lost_between_two_outages_does_not_come_after_later_answers(
+    stopped,
+):
+    """A window that is opened soon after another begins where that one did."""
+    sim, now = stopped.sim, int(time.time())
+    window = {"id": "missed\t1.0", "since": now - 60, "began": now - 60}
+    stopped.store.put("missed", window | {"at": now - 30})
+    lost = sim.say("jared", ROBOT, "lost", MsgTime=now - 20)
+    keep_as_answered(stopped, sim.say("jared", ROBOT, "later", MsgTime=now - 15))
+    sim.say("jared", ROBOT, "missed")
+    stopped.start()
+    assert stopped.answered() == ["before", "missed"]
+    assert lost in sim.said
 
 
 def test_long_lists_are_read_to_their_end(stopped):
@@ -428,6 +450,23 @@ def test_a_call_that_fails_is_made_again(stopped, command, fault):
     sim.say("jared", ROBOT, "during")
     stopped.start()
     assert stopped.answered() == ["before", "during"] and not faults
+
+
+def test_of_a_long_history_only_the_page_that_failed_is_asked_for_again(stopped):
+    sim, asked = stopped.sim, []
+
+    def fault(command, body):
+        if command not in (ROAM, IN_GROUP):
+            return None
+        asked.append(str(body))
+        return 60007 if asked.count(str(body)) == 1 else None
+
+    for number in range(70):
+        sim.say_in_group("lin", GROUP, str(number), [ROBOT] if number == 0 else [])
+    sim.fault = fault
+    stopped.start()
+    assert [text.split()[-1] for text in stopped.answered(GROUP)] == ["0"]
+    assert len(asked) == 2 * len(set(asked)) and len(set(asked)) >= 4
 
 
 @pytest.mark.slow
