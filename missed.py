@@ -208,11 +208,17 @@ class Missed:
         perhaps since another process just said so."""
         id, since = f"{window['id']}\t{conversation}", window["since"]
         state = self.store.state(id)
-        if state is None:
+        if state is None and not self._is_looked_up(window, conversation):
             place = (chat.robot, chat.user, "", chat.group)
             task = Message(id, *place, kind="missed", sent=since)
             self.workers.add(id, conversation, task.data(), reply="")
-        return state in (None, "open")
+            return True
+        return state == "open"
+
+    def _is_looked_up(self, window: Json, conversation: str) -> bool:
+        """Return whether it was since the window was opened, if for an earlier one."""
+        last = self.store.get(f"looked up\t{conversation}") or {}
+        return bool(last.get("window", "") == window.get("id"))
 
     def comes_first(self, work: InFlight, message: Message) -> bool:
         """Do a job or a task, or put a message back that one has to come before."""
@@ -228,10 +234,12 @@ class Missed:
         return True
 
     def _run(self, work: InFlight, message: Message) -> None:
-        claim = work.claim
-        if later := self._superseding(message):
-            if message.robot:  # else what waits behind it could go on
-                self._add_task(later, message, claim.conversation)
+        claim, last = work.claim, self.store.get("missed") or {}
+        if message.robot:
+            is_done = self._is_looked_up(last, claim.conversation)
+        else:
+            is_done = self._is_superseded(message)
+        if is_done:
             return self.workers.when_store_works(self.store.finish, claim)
         if message.robot and (delay := self.history.delay()):
             return self.store.release(claim, delay)
@@ -240,13 +248,18 @@ class Missed:
                 if claim.spent:
                     logger.warning("%s is given up", claim.id)
                 elif message.robot:
-                    self._look_up(message)
+                    self._look_up(message, last, claim.conversation)
                     # Clients sort a second by MsgSeq, which is made of seq.
                     self.store.renumber(claim)
+                    if (self.store.get("missed") or {}) != last:  # one was opened
+                        return self.store.release(claim, 0.0)
                 else:
                     self._list(work, message)
         except IMError as error:
-            if time.time() - claim.accepted < PATIENCE:
+            now = time.time()  # it may have waited long for its first try
+            failing = {"since": claim.progress.get("since", now)}
+            if now - failing["since"] < PATIENCE:
+                self.store.save_reply(claim, None, failing)
                 return self.store.release(claim, 2.0)
             logger.warning("%s is given up: %s", claim.id, error)
         self.workers.when_store_works(self.store.finish, claim)
@@ -265,11 +278,10 @@ class Missed:
                 why = error if isinstance(error, IMError) else type(error).__name__
                 logger.warning("what was missed cannot be looked up: %s", why)
 
-    def _superseding(self, message: Message) -> Json:
-        """Return a later window that begins no later, and so does this work, too."""
-        last = self.store.get("missed") or {"id": "", "since": time.time()}
-        is_of_last = f"{message.id}\t".startswith(f"{last['id']}\t")
-        return {} if is_of_last or last["since"] > message.sent else last
+    def _is_superseded(self, job: Message) -> bool:
+        """Return whether a later window begins no later: its job does this work."""
+        last = self.store.get("missed") or {"id": job.id, "since": 0}
+        return bool(last["id"] != job.id and last["since"] <= job.sent)
 
     def _list(self, work: InFlight, job: Message) -> None:
         """Add a task for each conversation with news since the window began."""
@@ -280,23 +292,24 @@ class Missed:
     def _list_one(self, work: InFlight, job: Message, robot: str) -> None:
         window = {"id": job.id, "since": job.sent}
         for user, group in self.history.conversations(robot, job.sent - MARGIN):
-            if work.lost or self.workers.draining or self._superseding(job):
+            if work.lost or self.workers.draining or self._is_superseded(job):
                 raise LeaseLost
             chat = Message("", robot, user, "", group)
             key = chat.conversation(self.config.group_memory == "member")
             if self._add_task(window, chat, key):
                 time.sleep(1 / RATE)
 
-    def _look_up(self, task: Message) -> None:
-        """Give what was missed in a conversation to `accept`, the oldest first."""
+    def _look_up(self, task: Message, last: Json, conversation: str) -> None:
+        """Give what was missed in a conversation to `accept`, the oldest first. It
+        serves the last window, whichever the task is of."""
         found: list[Message] = []
-        for item in self.history.messages(task, int(task.sent) - MARGIN):
+        since = min(task.sent, last.get("since", task.sent))
+        for item in self.history.messages(task, int(since) - MARGIN):
             with suppress(tim.BadEvent):
                 found += self._read(item, task)
         states = {message.id: self.store.state(message.id) for message in found}
         # While a conversation is to be looked up, nothing in it is answered. So what an
         # answered message overtook before the last outage was not missed in any.
-        last = self.store.get("missed") or {}
         began = max(task.sent, last.get("began", 0.0))
         overtook = [
             message.sent
@@ -306,6 +319,7 @@ class Missed:
         for message in found:
             if not states[message.id] and message.sent > max(overtook, default=0.0):
                 self._accept(message)
+        self.store.put(f"looked up\t{conversation}", {"window": last.get("id")})
 
     def _read(self, item: Json, task: Message) -> list[Message]:
         """Return what a message of the history wants of the robot, as a callback."""

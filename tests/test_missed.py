@@ -804,14 +804,42 @@ def test_a_message_comes_behind_the_look_up_whoever_claims_it(stopped):
         stopped.store.finish(claim)
 
 
-def test_a_task_hands_what_waits_behind_it_to_that_of_a_later_window(stopped):
-    """Of which a process that claims what waits may not know yet."""
+def test_a_look_up_serves_the_windows_that_were_opened_while_it_waited(stopped):
+    """Else it would lose its place, and under many outages never come."""
     catcher, store = stopped.bot.missed, stopped.store
     catcher.window = {"id": "missed\t1.0", "since": 5, "at": 2.0}
     event = stopped.sim.say("jared", ROBOT, "hi")
     [message] = tim.parse("Bot.OnC2CMessage", event)
     stopped.bot.accept(message)
-    store.put("missed", {"id": "missed\t2.0", "since": 5, "at": 3.0})
+    later = {"id": "missed\t2.0", "since": 3, "at": 3.0}
+    store.put("missed", later)
     work = InFlight(store.claim())
-    catcher.comes_first(work, botserver.read_message(work.claim.data))
-    assert store.claim().id.startswith("missed\t2.0\t")
+    assert catcher.comes_first(work, botserver.read_message(work.claim.data))
+    assert stopped.sim.looked_up[ROBOT, "jared"] == 1
+    assert store.state(f"missed\t1.0\t{message.conversation()}") == "gone"
+    catcher.window = later
+    assert not catcher.guard(message, message.conversation())
+
+
+def test_a_window_that_is_opened_during_a_look_up_is_looked_up_too(
+    stopped, monkeypatch
+):
+    """By the same task: who claims what waits behind it may not know of the window."""
+    catcher, store = stopped.bot.missed, stopped.store
+    store.put("missed", {"id": "missed\t1.0", "since": 5, "at": 2.0})
+    event = stopped.sim.say("jared", ROBOT, "hi")
+    [message] = tim.parse("Bot.OnC2CMessage", event)
+    catcher.window = store.get("missed")
+    stopped.bot.accept(message)
+    look_up = catcher.history.messages
+
+    def meanwhile(*about):
+        store.put("missed", {"id": "missed\t2.0", "since": 5, "at": 3.0})
+        return look_up(*about)
+
+    monkeypatch.setattr(catcher.history, "messages", meanwhile)
+    for _ in range(2):
+        work = InFlight(store.claim())
+        assert work.claim.id.startswith("missed\t1.0\t")
+        catcher.comes_first(work, botserver.read_message(work.claim.data))
+    assert store.claim().id == message.id
