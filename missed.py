@@ -303,7 +303,11 @@ class Missed:
         """Give what was missed in a conversation to `accept`, the oldest first. It
         serves the last window, whichever the task is of."""
         found: list[Message] = []
+        name, now = f"looked up\t{conversation}", time.time()
+        before = (self.store.get(name) or {}).get("at", 0.0)
         since = min(task.sent, last.get("since", task.sent))
+        if before <= now:  # else the clock was set back
+            since = max(since, before)
         for item in self.history.messages(task, int(since) - MARGIN):
             with suppress(tim.BadEvent):
                 found += self._read(item, task)
@@ -319,7 +323,7 @@ class Missed:
         for message in found:
             if not states[message.id] and message.sent > max(overtook, default=0.0):
                 self._accept(message)
-        self.store.put(f"looked up\t{conversation}", {"window": last.get("id")})
+        self.store.put(name, {"window": last.get("id"), "at": now})
 
     def _read(self, item: Json, task: Message) -> list[Message]:
         """Return what a message of the history wants of the robot, as a callback."""

@@ -134,6 +134,21 @@ def test_after_two_outages_in_a_row_a_conversation_is_looked_up_once(stopped):
     assert sim.looked_up[ROBOT, "jared"] == 1
 
 
+def test_a_conversation_is_looked_up_from_where_it_was_looked_up_last(stopped):
+    """Also if outages follow one another so soon that their windows are one."""
+    sim, asked = stopped.sim, []
+    sim.fault = lambda command, body: (
+        asked.append(body["MinTime"]) if command == ROAM else None
+    )
+    sim.say("jared", ROBOT, "first")
+    stopped.start()
+    stopped.stop()
+    sim.say("jared", ROBOT, "second")
+    stopped.start()
+    assert stopped.answered() == ["before", "first", "second"]
+    assert len(asked) == 2 and asked[1] >= asked[0] + 7
+
+
 def test_of_one_second_tencents_order_holds(stopped, unlisted):
     """Callbacks of this second came before what was missed, in between, and after."""
     sim, now = stopped.sim, int(time.time())
