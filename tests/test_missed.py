@@ -495,6 +495,21 @@ def test_a_call_that_goes_on_failing_is_given_up(stopped, monkeypatch, caplog):
     assert "is given up" in caplog.text and not stopped.store.failed()
 
 
+@pytest.mark.slow
+def test_a_look_up_that_waited_long_for_its_turn_may_fail_once(stopped, monkeypatch):
+    monkeypatch.setattr(missed, "PATIENCE", 1.0)
+    delays, tries = [1.5], [60007] * 3  # one call, with its tries
+    monkeypatch.setattr(
+        missed.History, "delay", lambda _: delays.pop() if delays else 0
+    )
+    stopped.sim.fault = lambda command, _: (
+        tries.pop() if command == ROAM and tries else None
+    )
+    stopped.sim.say("jared", ROBOT, "during")
+    stopped.start()
+    assert stopped.answered() == ["before", "during"] and not tries
+
+
 @pytest.mark.parametrize(
     "answer",
     [
