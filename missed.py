@@ -304,10 +304,10 @@ class Missed:
         serves the last window, whichever the task is of."""
         found: list[Message] = []
         name, now = f"looked up\t{conversation}", time.time()
-        before = (self.store.get(name) or {}).get("at", 0.0)
+        looked_up_at = (self.store.get(name) or {}).get("at", 0.0)
         since = min(task.sent, last.get("since", task.sent))
-        if before <= now:  # else the clock was set back
-            since = max(since, before)
+        if looked_up_at <= now:  # else the clock was set back
+            since = max(since, looked_up_at)
         for item in self.history.messages(task, int(since) - MARGIN):
             with suppress(tim.BadEvent):
                 found += self._read(item, task)
@@ -315,13 +315,10 @@ class Missed:
         # While a conversation is to be looked up, nothing in it is answered. So what an
         # answered message overtook before the last outage was not missed in any.
         began = max(task.sent, last.get("began", 0.0))
-        overtook = [
-            message.sent
-            for message in found
-            if message.sent < began and states[message.id] not in (None, "open")
-        ]
+        answered = [m for m in found if states[m.id] not in (None, "open")]
+        overtaken = max((m.sent for m in answered if m.sent < began), default=0.0)
         for message in found:
-            if not states[message.id] and message.sent > max(overtook, default=0.0):
+            if not states[message.id] and message.sent > overtaken:
                 self._accept(message)
         self.store.put(name, {"window": last.get("id"), "at": now})
 
