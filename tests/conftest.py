@@ -24,6 +24,28 @@ HERE = Path(__file__).parent.parent  # the root of the project
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def in_threads(count, work):
+    """Run work(number) in threads that begin at the same moment; return the results."""
+    results, barrier = {}, threading.Barrier(count)
+
+    def run(number):
+        barrier.wait()
+        results[number] = work(number)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == count, "a thread failed"
+    return [results[number] for number in range(count)]
+
+
+def lack(what):
+    """Fail in CI, and skip the test elsewhere: this machine has not what it needs."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
+
+
 @contextmanager
 def started(database, *about):
     """Have a database server of our own, if this machine has what it needs."""
@@ -32,7 +54,7 @@ def started(database, *about):
 
         server = database(*about)
     except (ImportError, NotInstalled) as error:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(error))
+        lack(str(error))
     with server:
         yield server
 

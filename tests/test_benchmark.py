@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from benchmark.faults import MUST_BE_ZERO
 from benchmark.judge import judge_all
 from benchmark.stage import STORES, set_clock, stage
 from benchmark.users import Chat
-from conftest import HERE
+from conftest import HERE, lack
 from simulator import Delivered, Simulator, text_body
 
 
@@ -28,19 +27,14 @@ def postgres():
     try:
         find("initdb"), find("pgbouncer")
     except NotInstalled as error:
-        miss(str(error))
+        lack(str(error))
     return psycopg
 
 
 @pytest.fixture
 def gevent():
     if not find_spec("gevent"):
-        miss("gevent is not installed")
-
-
-def miss(what):
-    """Fail in CI, and skip the test elsewhere."""
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
+        lack("gevent is not installed")
 
 
 def ask(psycopg, url, question):

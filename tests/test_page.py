@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 
-from conftest import poll
+from conftest import lack, poll
 from simulator import PACE, actor, lifeline, running
 from simulator.botlog import warnings_told
 from simulator.messages import name_of
@@ -29,14 +29,13 @@ CHROMIUM = (
 @pytest.fixture
 def browser(tmp_path):
     """Debian's Chromium, driven by Selenium; where it is missing, only CI fails."""
-    lacking = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
     paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if not all(paths):
-        lacking("needs the packages chromium and chromium-driver")
+        lack("needs the packages chromium and chromium-driver")
     try:
         from selenium import webdriver
     except ImportError:
-        lacking("needs pip install selenium")
+        lack("needs pip install selenium")
     options = webdriver.ChromeOptions()
     options.binary_location = paths[0]
     for flag in [*CHROMIUM.split(), "--lang=en", f"--user-data-dir={tmp_path}/user"]:

@@ -19,7 +19,7 @@ import requests
 
 import providers
 from config import SERVICES, load
-from conftest import AI_KEY, ANSWER, QUESTION, RECORDED, delta, dribble, sse
+from conftest import AI_KEY, ANSWER, QUESTION, RECORDED, delta, dribble, in_threads, sse
 from providers import PROVIDERS, Provider, ProviderError
 from session import CallEnded, CancelScope, Session
 from tim import Client
@@ -484,16 +484,12 @@ def test_a_thousand_answers_take_no_more_connections_than_threads(ai_socket, int
     session = Session(server.url, 8)
     provider = Provider(PROVIDERS["openai"], AI_KEY, server.url, session=session)
 
-    def work():
+    def work(_):
         for _ in range(1000 // 8):
             answers.extend(provider.chat(QUESTION, CancelScope(60), interval))
 
     answers = []
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(8, work)
     assert answers.count(ANSWER) == 1000
     assert len(server.peers) <= 8
 
@@ -503,16 +499,12 @@ def test_a_thousand_calls_of_im_take_no_more_connections_than_threads(ai_socket)
     server = ai_socket(keeping(ok))
     client = Client(server.url, 1400000000, "key", "administrator", threads=8)
 
-    def work():
+    def work(_):
         for _ in range(1000 // 8):
             answers.append(client.call("openim/sendmsg", {}))
 
     answers = []
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(8, work)
     assert len(answers) == 1000
     assert len(server.peers) <= 8
 

@@ -19,7 +19,7 @@ import pytest
 
 import store
 from config import STORES, ConfigError, load
-from conftest import HERE, poll
+from conftest import HERE, in_threads, poll
 from store import Added, SQLiteStore, StoreError
 
 NEW, KNOWN = Added.NEW, Added.KNOWN
@@ -34,23 +34,6 @@ if sys.argv[1].startswith("sqlite"):
 else:
     from postgres import PostgresStore as Kind
 """
-
-
-def in_threads(count, work):
-    """Run work(number) in threads that begin at the same moment; return the results."""
-    results, barrier = {}, threading.Barrier(count)
-
-    def run(number):
-        barrier.wait()
-        results[number] = work(number)
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == count, "a thread failed"
-    return [results[number] for number in range(count)]
 
 
 def start_script(script, url, *words, **options):
