@@ -13,8 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from imbot.timing import Timing
 from simulator import BotProcess, Simulator, ai_error
-from store import LEASE
 
 from .load import ROBOT, question
 from .stage import Database, set_clock, workers
@@ -30,7 +30,7 @@ AI_FAULTS = (
 IM_FAULTS = ("lost", "late", 20004, 60007, 90994, 91000)
 WORD_FILTER = 80001  # Tencent's code for a text that it will never take
 DOWN = (0.0, 7.0)  # seconds until a bot that was stopped starts again
-PAUSE = LEASE + 3  # seconds; longer than claims last
+PAUSE = Timing.lease + 3  # seconds; longer than claims last
 STEPS = (-9, 0, 9)  # seconds; less than catching up allows for
 STEP_LASTS = 4.0  # seconds; longer than a heartbeat takes to come
 SILENCE = 150  # seconds; longer than Tencent knows a repetition

@@ -22,7 +22,6 @@ import random
 import sys
 import time
 from contextlib import suppress
-from importlib.util import find_spec
 
 import requests
 
@@ -45,7 +44,6 @@ MUST_BE_ZERO = (
     "left in the store",
     "failed unduly",
 )
-CATCHES_UP = find_spec("missed") is not None  # an option
 SETTINGS = {
     "WEB_CONCURRENCY": 2,
     "WORKER_THREADS": 64,
@@ -69,8 +67,7 @@ def campaign(store: str, messages: int, seconds: float, seed: int) -> dict[str, 
                 users.closing.wait(min(QUIET, end - time.monotonic()))
                 print(f"{users.acknowledged():6} {accidents.cause()}", file=sys.stderr)
         left, failed = settle(bot)
-        outages = accidents.outages if CATCHES_UP else None
-        found = judge_all(users.chats, simulator.delivered, outages)
+        found = judge_all(users.chats, simulator.delivered, accidents.outages)
         found["left in the store"] = left
         found["failed unduly"] = max(0, failed - len(refused))
     return {

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from commands import TEXTS
+from imbot.texts import TEXTS
 from simulator import Delivered
 
 from .load import question

@@ -18,7 +18,8 @@ from typing import Any
 
 import requests
 
-from config import SERVICES, load, robots_file
+from imbot.settings import robots_file
+from providers import PROVIDERS
 
 from .ai import actor
 from .bot import ROOT, bot_settings, interrupt_on_signals, running
@@ -118,8 +119,7 @@ class Demonstration:
 def demo_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the settings that the bot takes from the environment, and ours."""
     chinese = environment.get("LANG", "").startswith("zh")
-    mode = "custom" if ROOT.joinpath("growing.py").exists() else "whole"
-    settings = {"REPLY_MODE": mode, "BOT_LANGUAGE": "zh" if chinese else "en"}
+    settings = {"REPLY_MODE": "custom", "BOT_LANGUAGE": "zh" if chinese else "en"}
     for name, value in environment.items():
         if value and (name in SETTINGS or name.startswith("AI_")):
             settings[name] = value
@@ -134,7 +134,7 @@ def real_service(settings: dict[str, str]) -> tuple[Relay, str] | None:
     The relay takes its place in the settings.
     """
     name = settings["AI_PROVIDER"]
-    service = load(SERVICES, name) if name in SERVICES else None
+    service = PROVIDERS[name] if name in PROVIDERS else None
     if not {"AI_SECRET_KEY", "AI_BASE_URL"} & set(settings) and name != "ollama":
         return None
     settings.setdefault("AI_SECRET_KEY", "")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import requests
 from urllib3.exceptions import HTTPError
 
-from session import CallEnded, CancelScope, Session, read_arrived
+from imbot.http import CallEnded, CancelScope, Session, read_arrived
 
 LONGEST = 600  # seconds; the bot has a limit of its own
 OF_ONE_CONNECTION = (  # headers that are not passed on

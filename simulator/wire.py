@@ -1,7 +1,7 @@
 """What goes over the wire, for the page: calls, those that run too, and whose they are.
 
 A call is matched by numbers, not by time. The bot makes those of an answer from the id
-of its question (tim.numbers), and an AI call carries the first of them as its trace.
+of its question (rest.numbers), and an AI call carries the first of them as its trace.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import tim
-from replies import LAST_PART
+from imbot.replies import LAST_PART
+from imbot.tencent import callback, rest
 
 from .messages import Json, name_of
 from .tencent import Tencent
@@ -124,7 +124,7 @@ class Wire(Tencent):
 
 def _numbers(event: Json) -> list[int]:
     """Return the MsgRandoms that answers to an event's message may have."""
-    messages: list[tim.Message] = []
-    with suppress(tim.BadEvent):
-        messages = tim.parse(event["CallbackCommand"], event)
-    return [tim.numbers(m.id, 0, part)[1] for m in messages for part in PARTS]
+    messages: list[callback.Message] = []
+    with suppress(callback.BadEvent):
+        messages = callback.parse(event["CallbackCommand"], event)
+    return [rest.numbers(m.id, 0, part)[1] for m in messages for part in PARTS]

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import strategies as st
 
-import providers
 from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer
+from imbot.ai import provider
 from test_botserver import APPID, STORY, Caller, idle, im, make_app, poll, said_to, sim  # noqa: F401
 
 HERE = Path(__file__).parent.parent  # the root of the project
@@ -125,7 +125,7 @@ def json_values(names, *texts):
 @pytest.fixture
 def no_pause(monkeypatch):
     """Let the tries follow one another at once."""
-    monkeypatch.setattr(providers.random, "uniform", lambda low, high: 0.0)
+    monkeypatch.setattr(provider.random, "uniform", lambda low, high: 0.0)
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from importlib.util import find_spec
 
 import pytest
 import requests
+from conftest import HERE, lack
 
 from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer, find
 from benchmark.faults import MUST_BE_ZERO
 from benchmark.judge import judge_all
 from benchmark.stage import STORES, set_clock, stage
 from benchmark.users import Chat
-from conftest import HERE, lack
 from simulator import Delivered, Simulator, text_body
 
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import requests
-
 from conftest import HERE, poll
+
 from simulator import KEY, BotProcess, check_user_sig
 
 

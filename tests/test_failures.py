@@ -12,20 +12,21 @@ import time
 from contextlib import closing
 from urllib.parse import urlencode
 
+import cli
 import pytest
 import requests
 from click.testing import CliRunner
+from conftest import Caller, delta, idle, message, poll, said_to, sse
 
 import botserver
-import cli
 import simulator.tencent
-import tim
 from benchmark.stage import workers
 from botserver import REPLIES, Bot
-from commands import TEXTS
-from conftest import Caller, delta, idle, message, poll, said_to, sse
+from imbot.queue.sqlite import SQLiteStore
+from imbot.queue.store import LEASE, StoreError
+from imbot.tencent import rest
+from imbot.texts import TEXTS
 from simulator import BotProcess, text_body
-from store import LEASE, SQLiteStore, StoreError
 
 EN = TEXTS["en"]
 SORRY = EN["undeliverable"]
@@ -134,7 +135,7 @@ def test_nothing_hangs_on_a_clock_that_was_set_back(sim, make_app, tmp_path):
 @pytest.fixture
 def quick_tries(monkeypatch):
     """Let the three tries of a call follow one another at once."""
-    monkeypatch.setattr(tim.Client.call, "__defaults__", ((0.0, 0.0),))
+    monkeypatch.setattr(rest.Client.call, "__defaults__", ((0.0, 0.0),))
 
 
 @pytest.fixture
@@ -205,8 +206,8 @@ def test_nor_is_it_sent_after_a_restart_that_comes_late(
 
 
 def test_the_last_try_of_an_unsure_call_is_within_tencents_window():
-    tries, pauses = len(tim.PAUSES) + 1, sum(tim.PAUSES) * 1.25
-    longest = tries * tim.CALL_TIMEOUT + pauses
+    tries, pauses = len(rest.PAUSES) + 1, sum(rest.PAUSES) * 1.25
+    longest = tries * rest.CALL_TIMEOUT + pauses
     assert botserver.KNOWN_C2C + 2 * longest < simulator.tencent.C2C_WINDOW
     assert botserver.KNOWN_GROUP + 2 * longest < simulator.tencent.GROUP_WINDOW
 

@@ -7,10 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-
-import growing
 from conftest import STORY, Caller, idle, poll
-from growing import CardReply, EditedReply, StreamReply
 from test_replies import (
     PLACES,
     SORRY,
@@ -19,7 +16,9 @@ from test_replies import (
     tell_sixteen,
     word_filter,
 )
-from tim import IMError
+
+from imbot.growing import CardReply, EditedReply, StreamReply
+from imbot.tencent.rest import IMError
 
 MODES = {"modify": EditedReply, "custom": CardReply, "stream": StreamReply}
 each_mode = pytest.mark.parametrize("mode", MODES)

@@ -11,14 +11,14 @@ from contextlib import closing, contextmanager, suppress
 
 import pytest
 import requests
+from conftest import Caller, idle, poll, said_to
 
 import botserver
-import missed
-import tim
-from conftest import Caller, idle, poll, said_to
+from imbot import missed
+from imbot.queue.workers import Job
+from imbot.tencent import callback, history, rest
 from simulator import BotProcess, text_body
 from simulator.history import LOOKUPS
-from workers import InFlight
 
 ROBOT, GROUP = "@RBT#001", "@TGS#demo"
 LIST, ROAM, IN_GROUP = LOOKUPS
@@ -92,13 +92,13 @@ def test_what_was_written_while_no_server_ran_is_answered_once_and_in_order(stop
 @pytest.fixture
 def unlisted(monkeypatch):
     """Let the list of conversations wait for an event, which is returned."""
-    listed, conversations = threading.Event(), missed.History.conversations
+    listed, conversations = threading.Event(), history.History.conversations
 
     def wait(*about):
         assert listed.wait(10)
         yield from conversations(*about)
 
-    monkeypatch.setattr(missed.History, "conversations", wait)
+    monkeypatch.setattr(history.History, "conversations", wait)
     return listed
 
 
@@ -123,9 +123,9 @@ def test_after_two_outages_in_a_row_a_conversation_is_looked_up_once(stopped):
     sim.say("jared", ROBOT, "first")
     window = {"id": "missed\t1.0", "since": since, "at": time.time()}
     store.put("missed", window)  # an outage that was not caught up when the next began
-    chat = tim.Message("", ROBOT, "jared", "").conversation()
+    chat = callback.Message("", ROBOT, "jared", "").conversation()
     id = f"{window['id']}\t{chat}"
-    task = tim.Message(id, ROBOT, "jared", "", kind="missed", sent=since)
+    task = callback.Message(id, ROBOT, "jared", "", kind="missed", sent=since)
     store.add(id, chat, task.data(), reply="")
     sim.say("jared", ROBOT, "second")
     stopped.stop(away=6.0)
@@ -154,7 +154,7 @@ def test_of_one_second_tencents_order_holds(stopped, unlisted):
     sim, now = stopped.sim, int(time.time())
     events = [sim.say("jared", ROBOT, text, MsgTime=now) for text in "abcde"]
     for event in events[::2]:
-        [message] = tim.parse("Bot.OnC2CMessage", event)
+        [message] = callback.parse("Bot.OnC2CMessage", event)
         stopped.bot.accept(message)
     im = Caller(sim, stopped.make_app().test_client())
     sim.wait(6)
@@ -184,7 +184,7 @@ def test_what_needs_no_answer_is_left(stopped):
 
 
 def keep_as_answered(bots, event):
-    [message] = tim.parse("Bot.OnC2CMessage", event)
+    [message] = callback.parse("Bot.OnC2CMessage", event)
     about = (message.id, message.conversation(), message.data())
     bots.store.add(*about, sent=message.sent)
     claim = bots.store.claim()
@@ -289,7 +289,7 @@ def test_nothing_is_looked_up_if_catch_up_is_0(stopped):
 def test_only_catch_up_seconds_are_looked_up(stopped):
     sim, now = stopped.sim, int(time.time())
     stopped.stop(away=3000)
-    sim.say("jared", ROBOT, "too old", MsgTime=now - 60 - 2 * missed.MARGIN)
+    sim.say("jared", ROBOT, "too old", MsgTime=now - 60 - 2 * history.MARGIN)
     sim.say("jared", ROBOT, "new", MsgTime=now - 50)
     stopped.start(catch_up=60)
     assert stopped.answered() == ["before", "new"]
@@ -391,13 +391,13 @@ def test_a_callback_that_is_refused_while_a_window_is_open_is_not_overtaken(
     stopped, monkeypatch, tmp_path
 ):
     sim, listed = stopped.sim, threading.Event()
-    conversations = missed.History.conversations
+    conversations = history.History.conversations
 
     def wait(*about):
         assert listed.wait(10)
         yield from conversations(*about)
 
-    monkeypatch.setattr(missed.History, "conversations", wait)
+    monkeypatch.setattr(history.History, "conversations", wait)
     im = Caller(sim, stopped.make_app(rate_limit=0).test_client())
     assert im.say("looked up").status_code == 200
     sim.wait(2)
@@ -500,7 +500,7 @@ def test_a_look_up_that_waited_long_for_its_turn_may_fail_once(stopped, monkeypa
     monkeypatch.setattr(missed, "PATIENCE", 1.0)
     delays, tries = [1.5], [60007] * 3  # one call, with its tries
     monkeypatch.setattr(
-        missed.History, "delay", lambda _: delays.pop() if delays else 0
+        history.History, "delay", lambda _: delays.pop() if delays else 0
     )
     stopped.sim.fault = lambda command, _: (
         tries.pop() if command == ROAM and tries else None
@@ -530,7 +530,7 @@ def test_a_look_up_that_waited_long_for_its_turn_may_fail_once(stopped, monkeypa
 def test_an_answer_that_cannot_be_read_harms_nothing(
     stopped, answer, caplog, monkeypatch
 ):
-    call, sim = tim.Client.call, stopped.sim
+    call, sim = rest.Client.call, stopped.sim
     monkeypatch.setattr(missed, "PAGES", 3)
 
     def bent(client, command, body, *waits, **more):
@@ -539,7 +539,7 @@ def test_an_answer_that_cannot_be_read_harms_nothing(
         real = call(client, command, body, *waits, **more)
         return answer if of_list or of_roam else real
 
-    monkeypatch.setattr(tim.Client, "call", bent)
+    monkeypatch.setattr(rest.Client, "call", bent)
     sim.say("jared", ROBOT, "during")
     stopped.start().im.say("after")
     assert stopped.answered()[-1] == "after"
@@ -568,7 +568,7 @@ def test_a_later_window_has_all_of_one_that_is_not_closed(stopped):
     """A server died before it had looked up anything."""
     sim, now = stopped.sim, time.time()
     sim.say("jared", ROBOT, "long ago", MsgTime=int(now) - 40)
-    job = tim.Message("missed\t1.0", "", "", "", kind="missed", sent=now - 50)
+    job = callback.Message("missed\t1.0", "", "", "", kind="missed", sent=now - 50)
     stopped.store.put("missed", {"id": job.id, "since": int(now) - 50, "at": now - 9})
     stopped.store.add(job.id, "missed", job.data(), sent=now - 9)
     stopped.start()
@@ -587,8 +587,8 @@ def test_two_processes_that_notice_the_same_open_one_window(stopped):
 
 
 def test_work_that_is_left_is_ended_by_a_bot_without_the_option(stopped):
-    job = tim.Message("missed\t1.0", "", "", "", kind="missed")
-    task = tim.Message("missed\t1.0\tx", ROBOT, "jared", "", kind="missed")
+    job = callback.Message("missed\t1.0", "", "", "", kind="missed")
+    task = callback.Message("missed\t1.0\tx", ROBOT, "jared", "", kind="missed")
     stopped.store.add(job.id, "missed", job.data(), reply="")
     stopped.store.add(task.id, task.conversation(), task.data(), reply="")
     stopped.start(catch_up=0).im.say("after")
@@ -620,7 +620,7 @@ def short_windows(monkeypatch):
     """Let the bot be sure for half a second only that Tencent knows a repetition."""
     monkeypatch.setattr(botserver, "KNOWN_C2C", 0.5)
     monkeypatch.setattr(botserver, "KNOWN_GROUP", 0.5)
-    monkeypatch.setattr(tim.Client.call, "__defaults__", ((0.0, 0.0),))
+    monkeypatch.setattr(rest.Client.call, "__defaults__", ((0.0, 0.0),))
 
 
 def unsure(sim, how, part="bbb", tries=3):
@@ -814,7 +814,7 @@ def test_if_tencent_refuses_the_rest_is_answered_all_the_same(sim, start_bots):
 def test_a_message_waits_while_its_conversation_is_looked_up_by_another(stopped):
     """Whoever asked for that, and whenever: perhaps when the message was claimed."""
     bot, window = stopped.bot.missed, {"id": "missed\t1.0", "since": 1, "at": 2.0}
-    message = tim.Message("id", ROBOT, "jared", "hi")
+    message = callback.Message("id", ROBOT, "jared", "hi")
     chat = message.conversation()
     bot.window = window
     assert bot.guard(message, chat) and bot.guard(message, chat)
@@ -826,7 +826,7 @@ def test_a_message_comes_behind_the_look_up_whoever_claims_it(stopped):
     """Another server that shares the store may not know of the window yet."""
     stopped.bot.missed.window = {"id": "missed\t1.0", "since": 1, "at": 2.0}
     event = stopped.sim.say("jared", ROBOT, "hi")
-    [message] = tim.parse("Bot.OnC2CMessage", event)
+    [message] = callback.parse("Bot.OnC2CMessage", event)
     stopped.bot.accept(message)
     for kind in ("missed", "question"):
         claim = stopped.store.claim()
@@ -839,11 +839,11 @@ def test_a_look_up_serves_the_windows_that_were_opened_while_it_waited(stopped):
     catcher, store = stopped.bot.missed, stopped.store
     catcher.window = {"id": "missed\t1.0", "since": 5, "at": 2.0}
     event = stopped.sim.say("jared", ROBOT, "hi")
-    [message] = tim.parse("Bot.OnC2CMessage", event)
+    [message] = callback.parse("Bot.OnC2CMessage", event)
     stopped.bot.accept(message)
     later = {"id": "missed\t2.0", "since": 3, "at": 3.0}
     store.put("missed", later)
-    work = InFlight(store.claim())
+    work = Job(store.claim())
     assert catcher.comes_first(work, botserver.read_message(work.claim.data))
     assert stopped.sim.looked_up[ROBOT, "jared"] == 1
     assert store.state(f"missed\t1.0\t{message.conversation()}") == "gone"
@@ -858,7 +858,7 @@ def test_a_window_that_is_opened_during_a_look_up_is_looked_up_too(
     catcher, store = stopped.bot.missed, stopped.store
     store.put("missed", {"id": "missed\t1.0", "since": 5, "at": 2.0})
     event = stopped.sim.say("jared", ROBOT, "hi")
-    [message] = tim.parse("Bot.OnC2CMessage", event)
+    [message] = callback.parse("Bot.OnC2CMessage", event)
     catcher.window = store.get("missed")
     stopped.bot.accept(message)
     look_up = catcher.history.messages
@@ -869,7 +869,7 @@ def test_a_window_that_is_opened_during_a_look_up_is_looked_up_too(
 
     monkeypatch.setattr(catcher.history, "messages", meanwhile)
     for _ in range(2):
-        work = InFlight(store.claim())
+        work = Job(store.claim())
         assert work.claim.id.startswith("missed\t1.0\t")
         catcher.comes_first(work, botserver.read_message(work.claim.data))
     assert store.claim().id == message.id

@@ -8,15 +8,16 @@ import signal
 import subprocess
 from dataclasses import fields
 
-import pytest
-
 import cli
-from config import SERVICES, Config
+import pytest
 from conftest import HERE, poll
-from simulator import BotProcess
-from simulator.ai import sse
 from test_options import OPTIONS
 from test_providers import ASKED
+
+from imbot.settings import Settings
+from providers import PROVIDERS
+from simulator import BotProcess
+from simulator.ai import sse
 
 READMES = [HERE / "README.md", HERE / "README.zh-CN.md"]
 SETTINGS = [HERE / "docs/settings.md", HERE / "docs/settings.zh-CN.md"]
@@ -73,11 +74,11 @@ def start(sim, copy, tmp_path):
 
 @pytest.mark.parametrize("page", SETTINGS, ids=name)
 def test_every_setting_is_documented_and_no_other(page):
-    known = {item.name.upper() for item in fields(Config)}
+    known = {item.name.upper() for item in fields(Settings)}
     assert settings(page) == known - {"AI_SECRET_KEYS"} | {"AI_SECRET_KEY_"}
     defaults = {
         item.name.upper(): str(item.default)
-        for item in fields(Config)
+        for item in fields(Settings)
         if isinstance(item.default, int | float | str) and str(item.default)
     }
     for row in page.read_text("utf-8").splitlines():
@@ -98,7 +99,7 @@ def as_value(text):
 def test_every_service_is_documented(page):
     [row] = re.findall(r"^\| `AI_PROVIDER` .*", page.read_text("utf-8"), re.MULTILINE)
     named = {*re.findall(r"`([a-z-]+)`", row)}
-    assert SHIPPED <= named <= {*SERVICES}  # which a fork may have more of
+    assert SHIPPED <= named <= {*PROVIDERS}  # which a fork may have more of
 
 
 @pytest.mark.parametrize("page", SETTINGS, ids=name)
@@ -107,7 +108,7 @@ def test_the_example_of_a_robots_toml_works(page, tmp_path):
     tmp_path.joinpath("robots.toml").write_text(toml)
     env = {"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"}
     env |= {"AI_SECRET_KEY": "k", "ROBOTS": str(tmp_path / "robots.toml")}
-    config = Config.from_env(env | {"SUPPORT_APP_KEY": "app-1"})
+    config = Settings.from_env(env | {"SUPPORT_APP_KEY": "app-1"})
     assert config.robots["@RBT#002"].provider == "ollama"
     assert config.provider(config.robots["@RBT#003"]).key == "app-1"
 
@@ -147,7 +148,7 @@ def test_systemd_and_a_shell_read_the_same_from_the_example_of_settings(page, tm
     command = ["sh", "-c", f"set -a; . {file}; env"]
     read = subprocess.run(command, capture_output=True, text=True, env={}).stdout
     assert {f"{name}={value}" for name, value in env.items()} <= {*read.splitlines()}
-    config = Config.from_env(env)
+    config = Settings.from_env(env)
     assert config.ai_extra_body == {"temperature": 0.5}
     assert config.ai_system_prompt == 'You are a pirate. Say "Ahoy" first.'
 

@@ -6,14 +6,14 @@ import random
 from contextlib import contextmanager
 
 import pytest
+from conftest import APPID, STORY, Caller, idle, poll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import providers
-import replies
-import tim
-from conftest import APPID, STORY, Caller, idle, poll
-from replies import PlainReply
+from imbot import replies
+from imbot.ai import stream
+from imbot.replies import PlainReply
+from imbot.tencent import callback, rest
 from simulator import KEY
 
 PLACES = {"one-to-one": {}, "group": {"group": "@TGS#demo", "topic": "t"}}
@@ -22,8 +22,8 @@ SORRY = "I cannot say this."
 
 def make_reply(sim, kind, place="one-to-one", progress=None, saved=None):
     """Return a reply; what it saves goes into `saved`, as after a crash."""
-    client = tim.Client(sim.url, APPID, KEY, "administrator")
-    message = tim.Message("id", "@RBT#001", "jared", "hi", **PLACES[place])
+    client = rest.Client(sim.url, APPID, KEY, "administrator")
+    message = callback.Message("id", "@RBT#001", "jared", "hi", **PLACES[place])
     saved = {} if saved is None else saved
     progress = dict(progress or {})
     return kind(client, message, 7, progress, saved.update, "(replaced)")
@@ -37,7 +37,7 @@ def word_filter(command, body):
 @contextmanager
 def refused_by_filter():
     """Expect that an answer is refused for good."""
-    with pytest.raises(tim.IMError, match="80001.*word filter") as caught:
+    with pytest.raises(rest.IMError, match="80001.*word filter") as caught:
         yield
     assert not caught.value.retry
 
@@ -101,8 +101,8 @@ def test_an_answer_that_im_refuses_is_replaced_by_a_sentence(sim, place):
 
 
 def test_the_sentence_of_a_refusal_has_numbers_that_no_part_has():
-    parts = providers.LONGEST_ANSWER // replies.PART_BYTES
-    assert parts < replies.LAST_PART < tim.PARTS
+    parts = stream.LONGEST_ANSWER // replies.PART_BYTES
+    assert parts < replies.LAST_PART < rest.PARTS
 
 
 PIECES = st.one_of(
@@ -118,7 +118,7 @@ PIECES = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(PIECES, min_size=1, max_size=60), st.integers(1, 400))
 def test_parts_are_under_the_limit_and_together_the_text(pieces, times):
-    text = tim.clean("".join(pieces) * times)[:40_000]
+    text = callback.clean("".join(pieces) * times)[:40_000]
     parts = replies.split(text, 2000)
     assert all(replies.measure(part) <= 2000 for part in parts)
     assert all(part for part in parts) or not text

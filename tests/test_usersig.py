@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from conftest import APPID
 
 import usersig
-from conftest import APPID
 from simulator import KEY, check_user_sig
 
 

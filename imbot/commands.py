@@ -1,0 +1,90 @@
+"""Chat commands: a decorator to add one, and the look-up of the one a user sent.
+
+    @command("/dice", "骰子", zh="掷骰子", en="throw a die")
+    def dice(chat: Chat, argument: str) -> str:
+        return f"🎲 {random.randint(1, 6)}"
+
+A command returns its answer. `argument` is what the user wrote after the name; a
+command without `takes` runs only if its name is the whole text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .queue.store import Store, StoreError
+from .queue.workers import log_failure
+from .tencent.callback import Message
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Where a command was given."""
+
+    message: Message
+    conversation: str  # its key in the store
+    store: Store
+    language: str  # BOT_LANGUAGE
+    texts: dict[str, str]  # in it
+    shared: bool  # whether a whole group shares the memory
+
+
+Run = Callable[[Chat, str], str]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's function, its Chinese name, and its line in /help."""
+
+    run: Run
+    name: str
+    zh: str
+    en: str
+    takes: str = ""  # the argument's name, if it has one
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(
+    name: str, chinese: str, *, zh: str, en: str, takes: str = ""
+) -> Callable[[Run], Run]:
+    """Make a function a chat command."""
+
+    def add(run: Run) -> Run:
+        COMMANDS[name] = Command(run, chinese, zh, en, takes)
+        return run
+
+    return add
+
+
+def find(message: Message) -> tuple[Run, str] | None:
+    """Return the command that a message is, and its argument."""
+    if message.kind != "question":
+        return None
+    first, argument = [*message.text.split(maxsplit=1), "", ""][:2]
+    for name, command in COMMANDS.items():
+        if first.lower() in (name, command.name) and (command.takes or not argument):
+            return command.run, argument
+    return None
+
+
+def usage(language: str) -> str:
+    """Return a line for each command."""
+    lines = []
+    for name, command in COMMANDS.items():
+        about = command.zh if language == "zh" else command.en
+        lines.append(f"{f'{name} {command.takes}'.strip()} ({command.name}): {about}")
+    return "\n".join(lines)
+
+
+def run(command: Run, argument: str, chat: Chat) -> str:
+    """Return the answer of a command; a failure is logged and told in one sentence."""
+    try:
+        return command(chat, argument)
+    except StoreError:
+        raise
+    except Exception as error:
+        log_failure(f"{chat.message.id}: the command", error)
+        return chat.texts["command_failed"]

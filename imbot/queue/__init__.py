@@ -1,0 +1,37 @@
+"""The queue: messages wait in a store, a pool of threads works on them.
+
+Nothing here knows of chats, AI or Tencent.
+"""
+
+from ..timing import NORMAL, Timing
+from .sql import NO_LIMIT, Added
+from .store import MAX_ATTEMPTS, Claim, Store, StoreError
+from .workers import Job, LeaseLost, Workers, log_failure
+
+__all__ = [
+    "MAX_ATTEMPTS",
+    "NO_LIMIT",
+    "Added",
+    "Claim",
+    "Job",
+    "LeaseLost",
+    "Store",
+    "StoreError",
+    "Workers",
+    "log_failure",
+    "open_store",
+]
+
+
+def open_store(url: str, timing: Timing = NORMAL) -> Store:
+    """Return the store that a DATABASE_URL names. Raises StoreError."""
+    scheme = url.partition(":")[0]
+    if scheme == "sqlite":
+        from .sqlite import SQLiteStore
+
+        return SQLiteStore(url, timing)
+    try:
+        from .postgres import PostgresStore
+    except ImportError as error:
+        raise StoreError(f"{error}; see requirements.txt") from None
+    return PostgresStore(url, timing)

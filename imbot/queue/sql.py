@@ -1,0 +1,212 @@
+"""The tables, and the SQL of every store operation, for SQLite and PostgreSQL alike.
+
+{words} in braces are spelled by each engine (see `dialect`). A step is one statement,
+or a function that runs several in one transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+NO_LIMIT = 2**31 - 1
+
+Data = dict[str, Any]
+Rows = list[tuple[Any, ...]]
+Execute = Callable[[str, Data], Rows]
+Step = str | Callable[[Execute, Data], Any]  # a statement's name, or several in one
+
+
+class Added(StrEnum):
+    """What became of a message that was given to add."""
+
+    NEW = "new"
+    KNOWN = "known"  # its id was added before
+    QUEUE_FULL = "queue_full"  # `room` messages of the conversation are open
+    RATE_LIMITED = "rate_limited"  # its asker added `rate` in the last minute
+
+
+# The state of a message is `open`, `done` (remembered), `gone` (only its id is left) or
+# `failed`. `due` is when a conversation may be claimed: at once, after a pause, or when
+# the lease of a claim has run out. `attempts` counts the claims of its oldest message.
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS message (
+    seq {serial},
+    id TEXT NOT NULL UNIQUE,
+    conversation TEXT NOT NULL,
+    asker TEXT,
+    state TEXT NOT NULL DEFAULT 'open',
+    data TEXT,
+    reply TEXT,
+    progress TEXT,
+    remember INTEGER NOT NULL,
+    sent DOUBLE PRECISION NOT NULL,
+    accepted DOUBLE PRECISION NOT NULL,
+    ended DOUBLE PRECISION,
+    reason TEXT
+);
+CREATE TABLE IF NOT EXISTS conversation (
+    name TEXT PRIMARY KEY,
+    open INTEGER NOT NULL,
+    due DOUBLE PRECISION NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    token TEXT,
+    cancelled INTEGER NOT NULL DEFAULT 0
+){without_rowid};
+CREATE TABLE IF NOT EXISTS kept (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL,
+    put_at DOUBLE PRECISION NOT NULL
+){without_rowid};
+CREATE INDEX IF NOT EXISTS conversation_due ON conversation (due);
+CREATE INDEX IF NOT EXISTS message_of ON message (conversation, state, sent, seq);
+CREATE INDEX IF NOT EXISTS message_failed ON message (seq) WHERE state = 'failed';
+CREATE INDEX IF NOT EXISTS message_asked ON message (asker, accepted)
+    WHERE asker IS NOT NULL;
+"""
+
+_HELD = "name = :conversation AND token = :token"
+
+# A step of several statements locks its conversation first: no two wait for each other.
+SQL = {
+    # Count a message in. What waits for this lock gets a later seq.
+    "enter": """INSERT INTO conversation (name, open, due)
+        VALUES (:conversation, 1, {now})
+        ON CONFLICT (name) DO UPDATE SET open = conversation.open + 1
+        RETURNING open""",
+    # Keep a message, unless it is known or a limit is reached.
+    "insert": """INSERT INTO message
+            (id, conversation, asker, data, reply, remember, sent, accepted)
+        SELECT :id, :conversation, nullif(:asker, ''), :data, :reply,
+            :remember, :sent, {now}
+        WHERE :open <= :room AND :rate > (SELECT count(*) FROM message
+            WHERE asker = :asker AND accepted BETWEEN {now} - :minute AND {now})
+        ON CONFLICT (id) DO NOTHING RETURNING 1""",
+    # Count a message out that was not kept.
+    "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",
+    "known": "SELECT state FROM message WHERE id = :id",
+    "drop": "DELETE FROM conversation WHERE name = :conversation AND open = 0",
+    # Take the conversation that is due longest.
+    "take": """UPDATE conversation
+        SET token = :token, due = {now} + :lease, attempts = attempts + 1
+        WHERE name = (SELECT name FROM conversation WHERE due <= {now}
+            ORDER BY due LIMIT 1 {skip_locked})
+        RETURNING name, attempts""",
+    "oldest": """SELECT seq, id, data, reply, progress, accepted
+        FROM message WHERE conversation = :conversation AND state = 'open'
+        ORDER BY sent, seq LIMIT 1""",
+    # Prolong leases, and say which of them still are.
+    "heartbeat": """UPDATE conversation SET due = {now} + :lease
+        WHERE name IN ({each}(:names)) AND token IN ({each}(:tokens))
+        RETURNING token, cancelled""",
+    # After the clock was set back, nothing waits for it to catch up.
+    "repair": """UPDATE conversation
+        SET due = {now} + CASE WHEN token IS NULL THEN 0 ELSE :lease END
+        WHERE due > {now} + :longest""",
+    "save_reply": f"""UPDATE message SET reply = coalesce(:reply, reply),
+            remember = CASE WHEN :reply IS NULL THEN remember ELSE :remember END,
+            progress = coalesce(:progress, progress)
+        WHERE seq = :seq
+            AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})
+        RETURNING 1""",
+    # End a claim: of a conversation's only open message, or of one of several.
+    "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
+    "free": f"""UPDATE conversation
+        SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0
+        WHERE {_HELD} RETURNING 1""",
+    "finish": """UPDATE message SET ended = {now}, progress = NULL,
+            state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,
+            data = CASE WHEN remember = 1 AND reply <> '' THEN data END,
+            reply = CASE WHEN remember = 1 AND reply <> '' THEN reply END
+        WHERE seq = :seq""",
+    "fail": """UPDATE message SET state = 'failed', ended = {now}, reason = :reason
+        WHERE seq = :seq""",
+    "release": f"""UPDATE conversation SET token = NULL, due = {{now}} + :delay,
+            attempts = attempts - :uncounted
+        WHERE {_HELD}""",
+    "held": f"SELECT 1 FROM conversation WHERE {_HELD} {{lock}}",
+    "unbegun": """SELECT seq FROM message
+        WHERE conversation = :conversation AND state = 'open' AND seq <> :seq
+            AND reply IS NULL AND progress IS NULL ORDER BY sent, seq""",
+    "number": "UPDATE message SET seq = :new WHERE seq = :old",
+    "cancel": """UPDATE conversation SET cancelled = 1
+        WHERE name = :conversation RETURNING 1""",
+    "history": """SELECT data, reply FROM message
+        WHERE conversation = :conversation AND state = 'done'
+        ORDER BY sent DESC, seq DESC LIMIT :limit""",
+    "forget": """UPDATE message SET state = 'gone',
+            data = NULL, reply = NULL, progress = NULL, reason = NULL
+        WHERE conversation = :conversation AND state IN ('done', 'failed')""",
+    "put": """INSERT INTO kept (name, value, put_at) VALUES (:name, :value, {now})
+        ON CONFLICT (name) DO UPDATE SET value = excluded.value, put_at = {now}""",
+    "get": "SELECT value FROM kept WHERE name = :name",
+    "drop_kept": "DELETE FROM kept WHERE name = :conversation",
+    "prune_kept": "DELETE FROM kept WHERE put_at < {now} - :age",
+    "span": """SELECT coalesce((SELECT min(seq) FROM message), 0),
+        coalesce((SELECT max(seq) FROM message), 0)""",
+    "prune": """DELETE FROM message WHERE ended < {now} - :age
+        AND seq > :after AND seq <= :last RETURNING 1""",
+    "load": """SELECT coalesce(sum(open), 0) - count(token), count(token),
+            count(CASE WHEN due <= {now} THEN 1 END)
+        FROM conversation""",
+    "stats": """SELECT (SELECT count(*) FROM message WHERE state = 'failed'),
+        coalesce((SELECT {now} - min(message.accepted)
+            FROM conversation CROSS JOIN message
+            WHERE conversation = name AND state = 'open'), 0)""",
+    "failed": """SELECT seq, id, reason, {now} - ended, conversation
+        FROM message WHERE state = 'failed' ORDER BY seq""",
+    # Open a failed message again; its age counts from now.
+    "reopen": """UPDATE message
+        SET state = 'open', accepted = {now}, ended = NULL, reason = NULL
+        WHERE seq = :seq AND state = 'failed' RETURNING 1""",
+}
+
+
+def add_step(execute: Execute, values: Data) -> Added:
+    """Count the message in and keep it; if it is refused, count it out and say why."""
+    [(open,)] = execute("enter", values)
+    if execute("insert", values | {"open": open}):
+        return Added.NEW
+    execute("leave", values)
+    execute("drop", values)
+    if execute("known", values):
+        return Added.KNOWN
+    return Added.QUEUE_FULL if open > values["room"] else Added.RATE_LIMITED
+
+
+def end_step(execute: Execute, values: Data) -> bool:
+    """Free the conversation, then end the message; nothing if the claim was lost."""
+    if not (execute("free_only", values) or execute("free", values)):
+        return False
+    execute(values["end"], values)
+    return True
+
+
+def renumber_step(execute: Execute, values: Data) -> None:
+    """Exchange the seqs of messages; nothing if the claim was lost."""
+    rows = execute("unbegun", values) if execute("held", values) else []
+    olds = [seq for (seq,) in rows]
+    moves = [
+        (old, new) for old, new in zip(olds, sorted(olds), strict=True) if old != new
+    ]
+    for old, _ in moves:  # out of the way
+        execute("number", {"old": old, "new": -old})
+    for old, new in moves:
+        execute("number", {"old": -old, "new": new})
+
+
+def forget_step(execute: Execute, values: Data) -> None:
+    """Delete the texts of a conversation, and what was put under its name."""
+    execute("forget", values)
+    execute("drop_kept", values)
+
+
+def retry_step(execute: Execute, values: Data) -> bool:
+    """Count the message in and open it; count it out if another process was faster."""
+    execute("enter", values)
+    if execute("reopen", values):
+        return True
+    execute("leave", values)
+    execute("drop", values)
+    return False

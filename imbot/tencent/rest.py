@@ -1,0 +1,233 @@
+"""Tencent's REST API: the client, its error codes, and the numbers of a message.
+
+A repeated call sends the same bytes and the same numbers, so Tencent drops the
+duplicate: a call whose answer was lost can safely be made again within two minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from urllib.parse import quote
+
+import requests
+from urllib3.exceptions import MaxRetryError
+
+from ..http import CallEnded, CancelScope, Session
+from ..timing import NORMAL, Timing
+from .callback import Json, Message
+
+CONNECT_TIMEOUT = 5  # seconds
+SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of that
+PARTS = 1024  # MsgSeq values reserved for the messages of one answer
+NO_CALLBACKS = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
+
+
+def _codes(listed: str) -> frozenset[int]:
+    return frozenset(map(int, listed.split()))
+
+
+# https://www.tencentcloud.com/document/product/1047/34348
+NETWORK = -1  # our code for a call that brought no answer of Tencent's
+# The network, a rate limit, or an error inside Tencent: a later try may succeed.
+RETRY = _codes(
+    "-1 10002 10006 10023 20004 20005 20018 22006 60007 60008 60011 60013 60014 60018 "
+    "60019 70050 70169 70500 80003 90057 90992 91000"
+)
+# Trouble with this one message: a try soon may succeed, a late one will not.
+RETRY_MESSAGE = _codes("20027 20028 90994 90995")
+STALE_SIG = _codes("20002 60004 60005 70001")  # a new UserSig may mend it
+
+MEANINGS = {  # of final codes, for the operator
+    "10007": "the robot may not do this; is it a member of the group?",
+    "10008": "not an app admin, or the app has all the robots it may have",
+    "10010 10015": "the group does not exist",
+    "10016 20006": "refused by the app's own before-callback",
+    "10017": "the robot is muted in the group",
+    "20003 70107 90012 90048": "the sender or the receiver does not exist",
+    "60006 70020": "IM_SDKAPPID is not a valid app",
+    "60010 90009": "IM_ADMIN is not an admin of this app",
+    "60016": "the app is disabled",
+    "60020": "the service is stopped: the package has expired or is unpaid",
+    "60021": "this server's address is not on the app's list",
+    "60026": "the app lives in another region: set IM_API_URL to that region's domain",
+    "60028": "the trial edition's messages of the last 24 hours are used up",
+    "70009": "IM_KEY is not the key of this app",
+    "70398": "the edition allows no more accounts",
+    "80001": "the text was stopped by the sensitive-word filter",
+    "80002 93000": "the message is too long",
+    "90008": "the robot does not exist: create it first",
+}
+MEANING = {code: text for codes, text in MEANINGS.items() for code in _codes(codes)}
+
+
+class IMError(Exception):
+    """A call that Tencent IM refused, or that did not get through.
+
+    `retry`: the same call may succeed later; `about_message`: only soon, and the
+    trouble is with this message alone; `may_have_arrived`: this try, or one before it,
+    may have had its effect all the same, so that another might show a message twice.
+    """
+
+    def __init__(
+        self, command: str, code: int, info: str, may_have_arrived: bool = False
+    ) -> None:
+        meaning = f" ({MEANING[code]})" if code in MEANING else ""
+        super().__init__(f"{command} failed with {code}: {info}{meaning}")
+        self.code, self.may_have_arrived = code, may_have_arrived
+        self.about_message = code in RETRY_MESSAGE
+        self.retry = code in RETRY | RETRY_MESSAGE
+
+
+class Client:
+    """Tencent IM's REST API, for any number of threads."""
+
+    def __init__(
+        self,
+        url: str,
+        sdkappid: int,
+        admin: str,
+        make_sig: Callable[..., str],
+        threads: int = 64,
+        timing: Timing = NORMAL,
+    ) -> None:
+        self.timing = timing
+        self.url, self.sdkappid, self.admin = url.rstrip("/"), sdkappid, admin
+        self.make_sig = make_sig  # gen_user_sig, with the app and its key
+        self._sig, self._renew_at = "", 0.0
+        self._session = Session(self.url, threads)
+
+    def send(
+        self,
+        message: Message,
+        element: Json,
+        order: int,
+        part: int,
+        mention: bool = False,
+    ) -> Json:
+        """Send one element as the robot of `message` and return Tencent's answer.
+
+        A group message may mention the asker. Raises IMError.
+        https://www.tencentcloud.com/document/product/1047/34919 (one-to-one)
+        https://www.tencentcloud.com/document/product/1047/34959 (group)
+        """
+        body = message_body(message, element, order, part)
+        body["ForbidCallbackControl"] = NO_CALLBACKS
+        if not message.group:
+            return self.call("openim/sendmsg", body)
+        body["Random"] = body.pop("MsgRandom")
+        if mention and message.user:
+            asker = {"GroupAtAllFlag": 0, "GroupAt_Account": message.user}
+            body["GroupAtInfo"] = [asker]
+        return self.call("group_open_http_svc/send_group_msg", body)
+
+    def robots(self) -> list[str]:
+        """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
+        listed = self.call("openim_robot_http_svc/get_all_robots", {})
+        return [str(userid) for userid in listed.get("Robot_Account") or []]
+
+    def call(
+        self, command: str, body: Json, pauses: Sequence[float] | None = None
+    ) -> Json:
+        """Make a REST call and return Tencent's answer.
+
+        If another try may help, there is one after each of `pauses`, in seconds.
+        Raises IMError. https://www.tencentcloud.com/document/product/1047/34620
+        """
+        data = json.dumps(body, ensure_ascii=False).encode()
+        waits = list(self.timing.pauses if pauses is None else pauses)
+        renewed = arrived = False
+        while True:
+            try:
+                return self._post(command, data)
+            except IMError as error:
+                arrived = error.may_have_arrived = arrived or error.may_have_arrived
+                if error.code in STALE_SIG and not renewed:
+                    renewed, self._renew_at = True, 0.0
+                elif error.retry and waits:
+                    time.sleep(waits.pop(0) * random.uniform(0.75, 1.25))
+                else:
+                    raise
+
+    def _post(self, command: str, data: bytes) -> Json:
+        # A UserSig needs no quoting, and urllib3 goes byte by byte where it finds a %.
+        url = (
+            f"{self.url}/v4/{command}?sdkappid={self.sdkappid}&contenttype=json"
+            f"&identifier={quote(self.admin)}&usersig={self._user_sig()}"
+            f"&random={random.getrandbits(32)}"
+        )
+        seconds = self.timing.call_timeout
+        limits = (CONNECT_TIMEOUT, seconds)
+        try:
+            with CancelScope(seconds):
+                response = self._session.post(url, data, headers={}, timeout=limits)
+                _ = response.content  # reads it
+        except (requests.RequestException, CallEnded) as error:
+            # Its text holds the URL with the UserSig: only its name may be told.
+            reason = f"no answer ({type(error).__name__})"
+            no_address = isinstance(error, ValueError)
+            no_connection = any(isinstance(arg, MaxRetryError) for arg in error.args)
+            sent = not (no_address or no_connection)
+            raise IMError(command, NETWORK, reason, may_have_arrived=sent) from None
+        return _read_answer(command, response)
+
+    def _user_sig(self) -> str:
+        """Return a UserSig. Two threads may make one each at a time: both are valid."""
+        if time.time() > self._renew_at:
+            self._sig = self.make_sig(self.admin, SIG_LIFE)
+            self._renew_at = time.time() + SIG_LIFE / 2
+        return self._sig
+
+
+def _read_answer(command: str, response: requests.Response) -> Json:
+    """Return Tencent's answer; raise IMError if it is a refusal, or none at all."""
+    try:
+        answer = response.json()
+        code = int(answer["ErrorCode"])
+        ok = answer["ActionStatus"] == "OK" and code == 0
+    except (ValueError, TypeError, KeyError, RecursionError):
+        status = f"HTTP {response.status_code} without Tencent's JSON"
+        raise IMError(command, NETWORK, status, may_have_arrived=True) from None
+    if not ok:
+        raise IMError(command, code, str(answer.get("ErrorInfo"))[:200])
+    if answer.get("MsgDropReason"):
+        raise IMError(command, 10023, f"dropped: {answer['MsgDropReason']}"[:200])
+    return dict(answer)
+
+
+def message_body(message: Message, element: Json, order: int, part: int) -> Json:
+    """Return the body of a call that sends an element as the robot of `message`."""
+    seq, msg_random = numbers(message.id, order, part)
+    body = chat_fields(message) | {
+        "From_Account": message.robot,
+        "MsgRandom": msg_random,
+        "MsgBody": [element],
+    }
+    one_to_one = {"MsgSeq": seq, "SyncOtherMachine": 2}  # in groups Tencent sets it
+    return body if message.group else body | one_to_one
+
+
+def chat_fields(message: Message) -> Json:
+    """Return the fields by which a call names the chat of a message."""
+    if message.group:
+        topic = {"TopicId": message.topic} if message.topic else {}
+        return {"GroupId": message.group} | topic
+    return {"From_Account": message.robot, "To_Account": message.user}
+
+
+def numbers(id: str, order: int, part: int) -> tuple[int, int]:
+    """Return (MsgSeq, MsgRandom) of one part of the answer to one message.
+
+    They are the same at every try: so Tencent knows a repetition. MsgSeq grows from
+    part to part and from answer to answer: so clients can sort what one second brings.
+    """
+    digest = hashlib.sha256(f"{id}\t{part}".encode()).digest()
+    return (order * PARTS + part) % 2**32, int.from_bytes(digest[:4])
+
+
+def text_element(text: str) -> Json:
+    """Return the element of a plain text."""
+    return {"MsgType": "TIMTextElem", "MsgContent": {"Text": text}}

@@ -1,0 +1,50 @@
+"""How long the bot waits for what: every pause, lease and deadline, in seconds.
+
+Tests pass a faster Timing; a fork that wants other waits passes its own to create_app.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds, each with the reason for its length."""
+
+    # The queue.
+    lease: float = 12.0  # a claim lasts; Tencent closes a silent stream after 15
+    longest_delay: float = 120.0  # a later due time was written by a clock set wrong
+    poll: float = 0.5  # between two rounds of the maintenance loop
+    heartbeat: float = 1.0  # between two renewals of the claims
+    regain: float = 2.0  # after a pause, for other processes to renew their claims
+    minute: float = 60.0  # over which RATE_LIMIT counts
+
+    # Calls of Tencent's REST API.
+    call_timeout: float = 10.0  # one try of a call, from its start to its last byte
+    pauses: tuple[float, ...] = (0.3, 1.5)  # before the second and the third try
+
+    # Calls of the AI service; AI_TIMEOUT limits an answer as a whole.
+    backoff: float = 0.5  # before the second try, twice as long before the third
+    read_every: float = 0.2  # between two reads of an answer that streams in
+
+    # An answer that Tencent does not take.
+    patience: float = 86400.0  # during which it is sent again
+    patience_with_message: float = 120.0  # the same, if Tencent rejects this message
+    first_delay: float = 1.0  # before it is sent again; grows up to longest_retry
+    longest_retry: float = 60.0
+    save_patience: float = 10.0  # to keep an answer while the store is down
+    notice_every: float = 600.0  # between two sentences why messages are refused
+
+    # Tencent drops a duplicate for 120 s (one-to-one) or 300 s (groups). We stop
+    # relying on it earlier, by the longest time that two calls with all retries take.
+    duplicate_window: float = 50.0
+    duplicate_window_group: float = 230.0
+
+    @property
+    def pause(self) -> float:
+        """Seconds without a heartbeat after which this process claims nothing."""
+        return self.lease / 3
+
+
+NORMAL = Timing()

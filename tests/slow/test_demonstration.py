@@ -1,0 +1,198 @@
+"""The demonstration: what it prints, in both languages, and a real AI service."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import requests
+from conftest import HERE, poll, sse
+
+from simulator import PACE, Simulator, actor, running
+from simulator.botlog import warnings_told
+from simulator.relay import Relay
+
+KEY = "sk-a-key-of-a-real-service"
+
+
+def demonstrate(*arguments, **settings):
+    """Run the demonstration to its end; return what it printed."""
+    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    done = subprocess.run(
+        [sys.executable, "-m", "simulator", *arguments],
+        cwd=HERE,
+        env=env | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def sample(readme):
+    """Return the lines of a README's sample, without the times."""
+    [block] = [text for text in readme.split("```\n") if text.startswith("[")]
+    return [line.split("   (")[0] for line in block.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("readme", "settings"),
+    [
+        ("README.md", {"LANG": "C.UTF-8"}),
+        ("README.zh-CN.md", {"LANG": "zh_CN.UTF-8", "PYTHONUTF8": "1"}),
+        ("README.zh-CN.md", {"LANG": "C.UTF-8", "BOT_LANGUAGE": "zh"}),
+    ],
+)
+def test_the_demonstration_prints_the_sample_of_the_readme(readme, settings):
+    printed = [line.split("   (")[0] for line in demonstrate(**settings).splitlines()]
+    shown = sample(HERE.joinpath(readme).read_text("utf-8"))
+    assert [line for line in printed if line in shown] == shown
+    assert len(shown) == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"AI_SECRET_KEY": "sk-wrong"}, "code 2049, trace -: invalid api key (2049)"),
+        ({"AI_MODEL": "nix"}, "HTTP 404, code -, trace -: no such model"),
+        ({"AI_BASE_URL": "{}/v2"}, "HTTP 404, code -, trace -: 404 page not found"),
+        ({"AI_BASE_URL": "http://127.0.0.1:1"}, "127.0.0.1:1 gave no answer: [Errno"),
+    ],
+)
+def test_why_a_real_service_does_not_answer_is_printed(settings, reason):
+    with Simulator() as real:
+        missing = (404, {"error": {"message": "no such model"}})
+        real.ai_fault = lambda body: missing if body["model"] == "nix" else None
+        env = {"AI_PROVIDER": "minimax", "AI_SECRET_KEY": real.ai_key}
+        env |= {"AI_BASE_URL": "{}/v1"} | settings
+        env["AI_BASE_URL"] = env["AI_BASE_URL"].format(real.url)
+        printed = demonstrate("--say", "hello", **env)
+        assert f"the real service {env['AI_BASE_URL']} (minimax, " in printed
+        assert "The bot warns: no answer for jared → @RBT#001: HTTP" in printed
+        assert reason in printed and env["AI_SECRET_KEY"] not in printed
+
+
+@pytest.fixture
+def real():
+    """A stand-in that plays the real AI service."""
+    with Simulator() as simulator:
+        simulator.ai_key, simulator.ai_answer = KEY, actor
+        yield simulator
+
+
+@pytest.fixture
+def relayed(real):
+    """A stand-in whose bot asks that service."""
+    with running(REPLY_MODE="modify", AI_SECRET_KEY=KEY) as (simulator, bot):
+        simulator.relay, simulator.secret = Relay(f"{real.url}/v1"), KEY
+        yield simulator
+
+
+def ai_calls(simulator):
+    return [call for call in simulator.calls_on_wire() if call["kind"] == "AI"]
+
+
+def test_a_real_ai_call_is_on_the_wire_while_it_streams_without_the_key(real, relayed):
+    real.ai_pace = PACE
+    event = relayed.say("jared", "@RBT#001", f"Markdown, please; my key is {KEY}")
+    poll(lambda: len({len(text) for m in relayed.delivered for text in m.states}) > 3)
+    [call] = ai_calls(relayed)
+    assert (call["ms"], call["status"]) == (None, 200)
+    [answer] = poll(lambda: [m for m in relayed.delivered if m.closed])
+    assert answer.text.startswith("Here is **Markdown**")
+    [call] = ai_calls(relayed)
+    assert call["line"] == f"POST {real.url}/v1/chat/completions"
+    assert call["of"] == f"{event['MsgSeq']} {event['MsgRandom']}"
+    assert call["body"]["messages"][-1]["content"].endswith("my key is •••")
+    assert call["answer"].startswith("data: {")
+    assert len(real.ai_requests) == 1 and not relayed.ai_requests
+    assert KEY not in json.dumps([*relayed.wire], ensure_ascii=False)
+
+
+@pytest.mark.parametrize("service", ["dify", "adp"])
+def test_a_real_platform_is_relayed_too(real, service):
+    real.dify_key = real.adp_key = KEY
+    with running(AI_PROVIDER=service, AI_SECRET_KEY=KEY) as (simulator, bot):
+        simulator.relay, simulator.secret = Relay(f"{real.url}/v1"), KEY
+        event = simulator.say("jared", "@RBT#001", "hello")
+        assert simulator.wait(1)[0].text == "You said: hello (question 1 of our chat)"
+        [call] = ai_calls(simulator)
+    assert call["of"] == f"{event['MsgSeq']} {event['MsgRandom']}"
+    assert len(real.ai_requests) == 1 and KEY not in json.dumps(call)
+
+
+def test_an_answer_in_one_piece_is_passed_on_too(real, relayed):
+    real.ai_answer = lambda messages: "你好" * 5000
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": False}
+    call = {"json": body, "headers": {"Authorization": f"Bearer {KEY}"}}
+    url = "/v1/chat/completions"
+    answers = [requests.post(base + url, **call) for base in (real.url, relayed.url)]
+    assert answers[0].json() == answers[1].json()
+    assert ai_calls(relayed)[0]["answer"] == answers[0].json()
+
+
+def test_a_stop_ends_the_real_call(real, relayed):
+    real.ai_pace = PACE
+    relayed.say("jared", "@RBT#001", "a long answer")
+    [message] = poll(lambda: [m for m in relayed.delivered if len(m.text) > 20])
+    relayed.press_stop(message, "jared")
+    poll(lambda: message.closed and real.ai_ended == 1, timeout=5)
+    assert ai_calls(relayed)[0]["left"]
+
+
+def test_a_stop_ends_a_real_call_that_says_nothing_yet(relayed, ai_socket):
+    silent = ai_socket(lambda connection: connection.recv(1) and False)
+    relayed.relay = Relay(silent.url)
+    relayed.say("jared", "@RBT#001", "hello")
+    [message] = relayed.wait(1)
+    poll(lambda: silent.bodies)
+    relayed.press_stop(message, "jared")
+    poll(lambda: message.closed and ai_calls(relayed)[0]["left"], timeout=5)
+
+
+def test_a_real_answer_that_breaks_off_breaks_off_for_the_bot(relayed, ai_socket):
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+    half = sse({"choices": [{"delta": {"content": "half of"}}]}, end="")
+
+    def break_off(connection):
+        connection.sendall(head + b"Content-Length: 9999\r\n\r\n" + half)
+        poll(lambda: relayed.delivered[-1].text.startswith("half of"))
+
+    broken = ai_socket(break_off)
+    relayed.relay = Relay(broken.url)
+    relayed.say("jared", "@RBT#001", "hello")
+    [answer] = poll(lambda: [m for m in relayed.delivered if m.closed])
+    assert answer.text.startswith("half of\n\n")
+    assert "gave no answer" in ai_calls(relayed)[0]["answer"]
+
+
+def test_the_bots_warnings_are_told_with_their_questions(tmp_path):
+    log, told = tmp_path / "bot.log", []
+    log.write_text("")
+    id, other = (f"@RBT#001 {chat} 17 4 1764000000" for chat in ("jared @TGS#a", "lin"))
+    lines = [
+        f"2025-11-24 22:27:01,123 INFO botserver {id}: answered, ai 1 ms",
+        f"2025-11-24 22:27:01,123 WARNING botserver no answer for {id}: HTTP 401",
+        "[2025-11-24 22:27:01 +0000] [13] [CRITICAL] WORKER TIMEOUT (pid:14)",
+        f"2025-11-24 22:27:01,123 ERROR store message {other} failed: 80001",
+    ]
+    with warnings_told(log, lambda *told_of: told.append(told_of)):
+        with log.open("a") as file:
+            for line in lines:
+                file.write(f"{line}\n")
+    assert told == [
+        ("no answer for jared → @RBT#001: HTTP 401", "17 4"),
+        ("WORKER TIMEOUT (pid:14)", ""),
+        ("message lin → @RBT#001 failed: 80001", "17 4"),
+    ]
+
+
+def test_the_robots_have_the_names_of_their_personas(tmp_path):
+    tmp_path.joinpath("robots.toml").write_text('["@RBT#001"]\nnick = "Ada"\n')
+    printed = demonstrate("--say", "hello", ROBOTS=str(tmp_path / "robots.toml"))
+    assert "[one-to-one] Ada: You said: hello" in printed

@@ -1,0 +1,306 @@
+"""The simulator's chat page, in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import requests
+from conftest import lack, poll
+
+from simulator import PACE, actor, lifeline, running
+from simulator.botlog import warnings_told
+from simulator.messages import name_of
+
+TAB = "\ue004"  # the key, as WebDriver names it
+CHROMIUM = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Debian's Chromium, driven by Selenium; where it is missing, only CI fails."""
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(paths):
+        lack("needs the packages chromium and chromium-driver")
+    try:
+        from selenium import webdriver
+    except ImportError:
+        lack("needs pip install selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for flag in [*CHROMIUM.split(), "--lang=en", f"--user-data-dir={tmp_path}/user"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(paths[1], popen_kw={"start_new_session": True})
+    driver = webdriver.Chrome(options, service)
+    with lifeline(service.process):
+        yield driver
+        driver.quit()
+
+
+class Page:
+    """The chat page, as its user sees it."""
+
+    def __init__(self, browser, url, width=1280):
+        self.browser = browser
+        browser.set_window_size(width, 800)
+        browser.get(url)
+        poll(lambda: self.all("#chats button"))
+
+    def all(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def click(self, selector):
+        self.all(selector)[0].click()
+
+    def text(self, selector):
+        script = "return document.querySelector(arguments[0])?.textContent ?? ''"
+        return self.browser.execute_script(script, selector)
+
+    def write(self, text):
+        self.all("#text")[0].send_keys(f"{text}\n")
+
+    def draft(self):
+        return self.all("#text")[0].get_attribute("value")
+
+    def choose(self, choice, value):
+        self.click(f"#{choice} [value='{value}']")
+
+    def answers(self):
+        """Return the texts of the answers that are complete."""
+        return [item.text for item in self.all("#log li:not(.mine, .open) .bubble")]
+
+
+@pytest.fixture
+def stage(browser):
+    """A page, its stand-in and its bot, whose warnings are shown."""
+    with running(REPLY_MODE="custom", BOT_LANGUAGE="en") as (sim, bot):
+        with warnings_told(bot.log, sim.warn):
+            sim.ai_answer, sim.ai_pace = actor, PACE
+            yield SimpleNamespace(page=Page(browser, sim.url), sim=sim, bot=bot)
+    assert [line for line in browser.get_log("browser")] == []
+
+
+@pytest.mark.slow
+def test_a_chat_in_a_browser(stage, browser):
+    page, sim = stage.page, stage.sim
+
+    # What to try is said; the panel with the calls is open on a wide screen.
+    assert "press one of the suggestions" in page.text("#log .empty")
+    assert page.all("#panel")[0].is_displayed()
+
+    # The answer grows, and its Markdown is shown, but never run.
+    page.click("[data-say^='Show me']")
+    lengths = set()
+    poll(lambda: lengths.add(len(page.text(".open .bubble"))) or page.answers())
+    assert len(lengths) > 2
+    [answer] = page.answers()
+    assert "<script>alert('only text')</script>" in answer and "**" not in answer
+    for selector in ("b", "i", "code", "pre", "td", "a[href^='https://']"):
+        assert page.all(f"#log .bubble {selector}"), selector
+    assert not page.all("#log script")
+    assert "delivered" in page.text("#log .mine .mark")
+
+    # The panel shows the calls, and what a second delivery brings: nothing.
+    asked_before = len(sim.ai_requests)
+    page.click("[data-do=redelivered]")
+    poll(lambda: "no second answer came" in page.text("#verdict"))
+    assert 'HTTP 200 {"ActionStatus":"OK"' in page.text("#verdict")
+    assert (len(page.answers()), len(sim.ai_requests)) == (1, asked_before)
+    assert "bot → IM sendmsg" in page.text("#calls")
+    assert "&usersig=•••&" in page.text("#calls")
+    if picture := os.environ.get("PICTURE"):
+        browser.set_window_size(1280, 920)
+        asked = {"format": "webp", "quality": 60}
+        shot = browser.execute_cdp_cmd("Page.captureScreenshot", asked)
+        Path(picture).write_bytes(base64.b64decode(shot["data"]))
+
+    # The stop button sends what TUIKit's sends.
+    page.write("A long answer, please")
+    poll(lambda: len(page.text(".open .bubble")) > 20)
+    page.click("#stop")
+    poll(lambda: len(page.answers()) == 2)
+    assert page.answers()[1].endswith("(stopped)")
+    [element] = sim.said[-1]["MsgBody"]
+    button = {"chatbotPlugin": 2, "src": 22, "msgKey": sim.delivered[-1].key}
+    assert json.loads(element["MsgContent"]["Data"]) == button
+
+    # The page and the stand-in's answers can be Chinese.
+    page.click("[data-do=language]")
+    page.click("[data-say='你好！']")
+    poll(lambda: page.answers()[2:] == ["你说：你好！（这段对话的第 3 个问题）"])
+
+
+@pytest.mark.slow
+def test_the_panel_tells_what_went_wrong_and_nothing_that_did_not_happen(stage):
+    page = stage.page
+
+    # An AI call is there while it runs, and its failures say why.
+    page.choose("ai", "slow")
+    page.write("one")
+    poll(lambda: "AI completions" in page.text("#calls"))
+    assert page.text("#calls .runs").startswith("runs")
+    poll(page.answers)
+    poll(lambda: not page.all("#calls .runs"))
+    page.choose("ai", "fail")
+    page.write("two")
+    poll(lambda: len(page.answers()) == 2)
+    poll(lambda: "HTTP 500" in page.text("#log .mine .bad"))
+    assert "a failure that was asked for" in page.text("#calls .bad + p, #calls p.bad")
+
+    # What Tencent refuses for good has its code and meaning, and the message failed.
+    page.choose("ai", "")
+    page.choose("im", "refuse")
+    page.write("three")
+    poll(lambda: "failed" in page.text("#log li:last-child .mark"))
+    assert "80001" in page.text("#calls span.bad")
+    assert "sensitive-word filter" in page.text("#calls p.bad")
+    page.choose("im", "")
+
+    # A forgery is refused: nobody claims that a second answer did not come.
+    page.click("[data-do=forged]")
+    poll(lambda: "Forged: HTTP 403" in page.text("#verdict"))
+    poll(lambda: "callback refused with 403" in page.text("#others"))
+    assert "second answer" not in page.text("#verdict")
+
+    # A tap on another message, or on its answer, shows its calls.
+    page.all("#log .mine .bubble")[0].click()
+    assert page.text("#which") == "one"
+    assert "HTTP 500" not in page.text("#calls")
+    page.all("#log li:not(.mine) .bubble")[1].click()
+    assert page.text("#calls").count("HTTP 500") >= 3
+
+
+@pytest.mark.slow
+def test_what_is_written_while_the_bot_is_down_is_found_later(stage):
+    page, bot = stage.page, stage.bot
+    page.write("one")
+    poll(page.answers)
+    page.choose("bot", "down")
+    poll(lambda: not bot.alive())
+    down_at = time.monotonic()
+    page.write("two")
+    poll(lambda: "could not reach the bot" in page.text("#log li:last-child .mark"))
+    assert not page.all("#calls li")
+    poll(lambda: time.monotonic() > down_at + 3)  # sooner, it has missed nothing
+    page.choose("bot", "")
+    poll(lambda: len(page.answers()) == 2)
+    assert "found it later" in page.text("#log .mine:nth-last-child(2) .mark")
+    assert "bot → IM admin_getroammsg" in page.text("#others")
+    assert "bot → AI completions" in page.text("#calls")
+
+
+@pytest.mark.slow
+def test_writing_in_a_group_and_replying_to_a_message(stage):
+    sim = stage.sim
+    sim.robots["@RBT#002"] = "Dr. No"  # a persona's nick
+    page = Page(stage.page.browser, sim.url)
+
+    # A draft survives a change of chat, and the box grows with it.
+    box = page.all("#text")[0]
+    low = box.size["height"]
+    box.send_keys("first line")
+    page.browser.execute_script("arguments[0].value += '\\nsecond\\nthird'", box)
+    box.send_keys("!")
+    assert box.size["height"] > low + 20
+    page.click("[data-to^='@TGS']")
+    assert (page.draft(), box.size["height"]) == ("@Robot ", low)
+    page.click("[data-to='@RBT#001']")
+    assert page.draft() == "first line\nsecond\nthird!"
+
+    # In a group a robot answers when it is mentioned, in small letters too.
+    page.click("[data-to^='@TGS']")
+    box.clear()
+    box.send_keys("so, @DR")
+    poll(lambda: page.text("#tips") == "@Dr. No")
+    box.send_keys(f"{TAB}hello")
+    assert page.draft() == "so, @Dr. No hello"
+    box.send_keys("\n")
+    poll(lambda: "@jared You said: jared: so, hello" in "".join(page.answers()))
+    assert sim.delivered[-1].robot == "@RBT#002"
+    box.clear()
+    page.write("@ROBOT hello")
+    poll(lambda: len(page.answers()) == 2 and sim.delivered[-1].robot == "@RBT#001")
+    box.clear()
+    page.write("without a mention")
+    poll(lambda: "no robot is mentioned" in page.text("#log li:last-child"))
+
+    # A message that is replied to goes along, as TUIKit sends it.
+    page.all("#log li:not(.mine) .bubble")[0].click()
+    page.click("[data-do=reply]")
+    assert page.text("#quoted").startswith("Dr. No: @jared You said")
+    page.write("@Robot what is that?")
+    poll(lambda: "You said" in page.text("#log .mine:nth-last-child(2) blockquote"))
+    reply = json.loads(sim.said[-1]["CloudCustomData"])["messageReply"]
+    assert reply["messageSender"] == "@RBT#002"
+    assert reply["messageAbstract"].startswith("@jared You said: jared: so, hello")
+    assert (reply["messageType"], reply["version"]) == (1, 1)
+    assert not page.all("#quote")[0].is_displayed()
+
+
+@pytest.mark.slow
+def test_on_a_phone_what_can_be_touched_is_large(stage):
+    page = Page(stage.page.browser, stage.sim.url, width=390)
+    page.write("Hello!")
+    poll(page.answers)
+    # A machine may have no fonts but Latin ones.
+    words = page.browser.execute_script("return document.body.innerText")
+    assert not re.search("[^\0-\xff…“”→]", words)
+    assert not page.all("#panel")[0].is_displayed()
+    page.all("#log .bubble")[0].click()
+    assert page.all("#panel")[0].is_displayed()
+    for item in page.all("button, select, summary"):
+        assert not item.is_displayed() or item.size["height"] >= 40, item.text
+
+
+@pytest.mark.slow
+def test_every_call_belongs_to_its_question():
+    with running(REPLY_MODE="modify") as (sim, bot):
+        sim.ai_delay = 0.2  # so that the same is asked in several chats at once
+        said = [sim.say(*who, "same") for who in PAIRS for _ in range(2)]
+        said.append(sim.say_in_group("lin", "@TGS#demo", "same", [*sim.robots]))
+        sim.wait(len(said) + 1)
+        poll(lambda: all(message.closed for message in sim.delivered))
+        poll(lambda: all(call["ms"] for call in sim.wire))
+        calls = [call for call in sim.calls_on_wire() if call["kind"] != "delivered"]
+    for event in said:
+        robots = event.get("AtRobots_Account", [event.get("To_Account")])
+        chat = event.get("GroupId", event["From_Account"])
+        own = [call for call in calls if call["of"] == name_of(event)]
+        assert [call["kind"] for call in own].count("AI") == len(robots)
+        sent = [call["body"] for call in own if call["kind"] == "IM"]
+        assert len(sent) >= 2 * len(robots)
+        for body in sent:
+            assert chat == body.get("GroupId", body.get("To_Account"))
+            assert body.get("From_Account", robots[0]) in robots
+        answers = [
+            m.text for m in sim.delivered if sim.question_of(m.body) == own[0]["of"]
+        ]
+        assert len(answers) == len(robots)
+    assert not [call["line"] for call in calls if not call["of"]]
+
+
+PAIRS = [("jared", "@RBT#001"), ("jared", "@RBT#002"), ("lin", "@RBT#001")]
+
+
+def test_another_sites_page_cannot_drive_the_stand_in(sim):
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+        for path in ("/", "/page"):
+            assert requests.get(sim.url + path, headers=headers).status_code == 403
+        for path in ("/page", "/v4/openim/sendmsg", "/v1/chat/completions"):
+            answer = requests.post(sim.url + path, headers=headers, data="{}")
+            assert answer.status_code in (401, 403) or answer.json()["ErrorCode"]
+    assert not sim.calls
+    page = requests.get(sim.url, headers={"Origin": sim.url})
+    assert page.status_code == 200
+    assert "unsafe" not in page.headers["Content-Security-Policy"]
