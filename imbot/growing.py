@@ -1,12 +1,11 @@
-"""Replies that grow in the chat: edited text, TUIKit's AI card, Tencent's own stream.
+"""Replies that grow in the chat: edited text, TUIKit's AI message, Tencent's stream.
 
-An option: without it, delete this file and its lines in REPLIES. Where IM refuses to
-let a message grow, its text goes as plain messages, as PlainReply sends it.
+To remove them delete this file and the import that then fails. Where IM refuses to let
+a message grow, its text goes on in messages that do not.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
@@ -15,22 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from .replies import PlainReply, split
+from .replies import PART_BYTES, CardReply, PlainReply, card, split
 from .tencent.callback import Json
-from .tencent.rest import (
-    MEANING,
-    IMError,
-    chat_fields,
-    message_body,
-    text_element,
-)
+from .tencent.rest import MEANING, IMError, chat_fields, message_body, text_element
 
 OPENING = -1  # instead of a part's number
 KEEP_ALIVE = 8.0  # seconds without a chunk, after which one is sent
-SILENCE = 14.0  # seconds without a chunk in which Tencent surely keeps a stream open
-# Chunks of a stream are numbered from 1. A last chunk that has to be the same at each
-# try, also by a process that does not know what was sent before, begins here.
-ORPHANED, GIVEN_UP = 100_000, 200_000
+SILENCE = 14.0  # seconds without a chunk during which Tencent keeps a stream open
 
 logger = logging.getLogger(__name__)
 
@@ -39,66 +29,96 @@ class GrowingReply(PlainReply):
     """What the replies below share."""
 
     def open(self) -> None:
-        if not {"key", "plain"} & self.progress.keys():
+        if self.progress.key is None and not self.progress.plain:
             with self._or_plain():
-                self.progress["at"] = OPENING
-                self._note(key=self.begin(), at=None)
+                self.progress.sending = OPENING
+                self.progress.key = self.begin()
+                self._note_sent(0)
 
     def begin(self) -> Any:
-        """Send a message that can grow, and return by what Tencent knows it."""
+        """Send the initial message and return the key for editing it."""
         raise NotImplementedError
+
+    def grows(self) -> bool:
+        """Return whether the growing message can still be changed."""
+        return self.progress.key is not None and not self.progress.plain
 
     @contextmanager
     def _or_plain(self) -> Iterator[None]:
-        """Go on with plain messages if IM refuses; raise what another try may mend."""
+        """Fall back to plain messages on a final error; re-raise retryable ones."""
         try:
             yield
         except (IMError, KeyError) as error:
             if isinstance(error, IMError) and error.retry:
                 raise
             logger.warning("%s is not shown growing: %s", self.message.id, error)
-            self.progress["plain"] = True
+            self.progress.plain = True
             self.keep_alive_after = math.inf
 
     def assume_sent(self) -> None:
-        if self.progress["at"] != OPENING:
-            return super().assume_sent()
-        self._note(plain=True, at=None)  # to open it once more could show it twice
+        if self.progress.sending == OPENING:
+            self.progress.plain = True  # opened again, it could be shown twice
+            self._note_sent(0)
+        else:
+            super().assume_sent()
 
 
 class EditedReply(GrowingReply):
     """A message that is edited until it holds the answer, or its first part."""
 
     update_interval = 1.0
+    _shown = ""  # the text so far, as the message shows it
 
     def begin(self) -> Any:
         # After a crash the same bytes are sent, and Tencent returns the same key.
         element = self.element("", finished=False)
-        answer = self.client.send(self.message, element, self.order, 0, mention=True)
+        answer = self.client.send(self.message, element, 0, mention=True)
         return answer["MsgSeq" if self.message.group else "MsgKey"]
 
     def update(self, text: str) -> None:
-        if "key" in self.progress:
+        if self.grows():
+            parts = self._split(text)
+            if len(parts) == 1:
+                self._shown = parts[0]
             with suppress(IMError):  # the next edit shows this text too
-                self._modify(self.element(self._split(text)[0], finished=False), ())
+                self._modify(self.element(parts[0], finished=False), ())
 
     def close(self, text: str, failed: bool = False) -> None:
         parts = self._split(text)
-        if "sent" not in self.progress:
+        if not self.progress.sent:
             if self._finish(parts[0], failed):
-                self.progress["sent"] = 1
+                self.progress.confirm(1)
             else:
-                self._finish(self.replaced, failed=False)
-        self._send_parts(parts)
+                self._finish(self._below(self.texts["replaced"]))
+        self._send_parts(parts, failed)
+
+    def close_with(self, element: Json) -> None:
+        if not self.progress.sent:
+            self._finish(self._shown)
+        super().close_with(element)
 
     def give_up(self, text: str) -> None:
         # A part of the answer that is shown stays.
-        if "sent" in self.progress or not self._finish(self._mention + text, True):
+        told = self._below(self._mention + text)
+        if self.progress.sent or not self._finish(told, not self._shown):
             super().give_up(text)
 
-    def _finish(self, text: str, failed: bool) -> bool:
+    def _split(self, text: str) -> list[str]:
+        """Split the answer; what was shown never becomes shorter.
+
+        Some clients only append to what they show.
+        """
+        text = self._mention + text
+        at_least = len(self._shown) if text.startswith(self._shown) else 0
+        return split(text, self.limit, at_least)
+
+    def _below(self, text: str) -> str:
+        """Return what is shown with a sentence below it."""
+        return "\n\n".join(filter(None, (self._shown, text)))
+
+    def _finish(self, text: str, failed: bool = False) -> bool:
         """Edit the message for the last time; return whether it shows the text."""
-        if "key" in self.progress:
+        if self.progress.key is not None:
             with self._or_plain():
                 self._modify(self.element(text, True, failed), None)
                 return True
@@ -111,7 +131,7 @@ class EditedReply(GrowingReply):
         https://www.tencentcloud.com/document/product/1047/47948 (group)
         """
         kind, key = ("group", "MsgSeq") if self.message.group else ("c2c", "MsgKey")
-        body = chat_fields(self.message) | {key: self.progress["key"]}
+        body = chat_fields(self.message) | {key: self.progress.key}
         body["MsgBody"] = [element]
         try:
             self.client.call(f"openim/modify_{kind}_msg", body, pauses)
@@ -124,43 +144,42 @@ class EditedReply(GrowingReply):
         return text_element(text if finished else f"{text}…")
 
 
-class CardReply(EditedReply):
-    """The element that Tencent's TUIKit draws as an AI's answer, with a stop button.
+class GrowingCardReply(CardReply, EditedReply):
+    """TUIKit's AI message, edited while the answer grows, with a stop button."""
 
-    https://cloud.tencent.com/document/product/269/122036
-    """
+    def close_with(self, element: Json) -> None:
+        opened = self.grows()
+        EditedReply.close_with(self, element)
+        if not opened and not self.message.group:
+            self.client.send(self.message, card(""), 2)
 
     def element(self, text: str, finished: bool, failed: bool = False) -> Json:
-        data: Json = {"chatbotPlugin": 2, "src": 2, "chunks": [text] if text else []}
-        if failed:
-            data = {"chatbotPlugin": 2, "src": 23, "errorInfo": text}
-        shown = json.dumps(data | {"isFinished": int(finished)}, ensure_ascii=False)
-        content = {"Data": shown, "Desc": text[:50] or "…"}
-        return {"MsgType": "TIMCustomElem", "MsgContent": content}
+        return card(text, finished, failed)
 
 
 class StreamReply(GrowingReply):
-    """Tencent's own streaming message, to which text can only be added."""
+    """Tencent's own streaming message, to which text can only be added.
+
+    A chunk has the Index that follows the last one: clients ignore any other. So only
+    the process that opened a stream adds to it. A stream of a crashed process is left
+    to Tencent, which closes it after 15 s, and the answer is sent whole.
+    """
 
     update_interval = 0.4
     keep_alive_after = KEEP_ALIVE
     limit = 100_000  # bytes; Tencent refuses a stream of 128 KB
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._lock = threading.Lock()  # held while a chunk is on its way
-        self._said = self.progress.get("said", "")  # and confirmed by Tencent
+        self._said = self.progress.said  # and confirmed by Tencent
+        self._index = self.progress.index
         self._pending: str | None = None  # sent, but not confirmed
-        self._index = self.progress.get("index", 0)
-        # When Tencent last took a chunk, Unix seconds.
-        self._confirmed = self.progress.get("confirmed", 0.0)
 
     def open(self) -> None:
         super().open()
-        if self._grows() and self._index == 0:
-            with self._or_plain():  # it is a dead process's: who knows what it has said
-                self._close_with(self.replaced, ORPHANED)
-                self.progress["plain"] = True
+        if self._index == 0:  # another process opened it
+            self.progress.plain = True
 
     def begin(self) -> Any:
         return self._push("", pauses=None)["StreamMsgID"]
@@ -179,64 +198,77 @@ class StreamReply(GrowingReply):
                 self._lock.release()
 
     def close(self, text: str, failed: bool = False) -> None:
-        parts = self._split(text)
         with self._lock:
             self.keep_alive_after = math.inf
-            if self._grows():
-                self.open()  # if a process died after the answer was saved
-            tried = "confirmed" in self.progress
-            if "key" in self.progress:
-                now = {"said": self._said, "index": self._index}
-                self._note(**now, confirmed=self._confirmed)
-            if self._grows() and "sent" not in self.progress:
+            self.open()
+            parts = self._split(text)
+            if self.grows() and not self.progress.sent:
+                self._note_said()
                 with self._or_plain():
-                    self._complete(parts[0], tried)
-        if not self._grows():  # what the stream does not show goes as plain messages
-            self.progress["said"] = self._said
-            parts = split("".join(parts).removeprefix(self._said))
-        self._send_parts(parts)
+                    self._complete(parts[0])
+                self._note_said()
+        if not self.grows():  # what the stream does not show follows as messages
+            parts = split((self._mention + text).removeprefix(self._said))
+        self._send_parts(parts, failed)
+
+    def close_with(self, element: Json) -> None:
+        with self._lock, suppress(IMError):
+            self.keep_alive_after = math.inf
+            if self.grows():
+                self._push("", last=True)
+        super().close_with(element)
 
     def give_up(self, text: str) -> None:
         with self._lock:
             self.keep_alive_after = math.inf
-            if "key" in self.progress:
+            if self.grows() and self._index and not self.progress.sent:
                 with self._or_plain():
-                    return self._close_with(text, GIVEN_UP)
+                    self._push(f"\n\n{text}", last=True, pauses=None)
+                    return
         super().give_up(text)
 
-    def _grows(self) -> bool:
-        return "key" in self.progress and "plain" not in self.progress
+    def _split(self, text: str) -> list[str]:
+        """Return what the stream shows, then the messages that follow it."""
+        first, *rest = split(self._mention + text, self.limit)
+        return [first, *(split("".join(rest), PART_BYTES) if rest else ())]
+
+    def _note_said(self) -> None:
+        """Save how far the stream is, so that a later try can close it."""
+        self.progress.said, self.progress.index = self._said, self._index
+        self.save()
 
     def _add(self, text: str) -> None:
         """Push what is pending, else `text`; if it fails, the next one tries again."""
         closed = self.keep_alive_after == math.inf  # or is being closed
-        if self._grows() and not closed:
+        if self.grows() and not closed:
             with suppress(IMError), self._or_plain():
                 self._push(text if self._pending is None else self._pending)
 
-    def _complete(self, text: str, tried: bool) -> None:
-        """Send the rest and close the stream; go plain if it has said another text.
+    def _complete(self, text: str) -> None:
+        """Send the rest and close the stream; fall back if it has said another text.
 
-        A stream that is closed although it was not silent was closed by an earlier try.
-        If nobody knows, the rest is sent once more: shown twice is better than never.
+        If Tencent says the stream is closed although we sent a chunk a moment ago, an
+        earlier try of the last chunk succeeded. In doubt its text is sent again: twice
+        is better than never.
         """
         fits = text.startswith(self._said + (self._pending or ""))
+        last_tried = self.progress.unconfirmed or time.time()
         try:
             if self._pending is not None:
                 self._push(self._pending, pauses=None)
-            rest = text.removeprefix(self._said) if fits else f"\n\n{self.replaced}"
+            replaced = f"\n\n{self.texts['replaced']}"
+            rest = text.removeprefix(self._said) if fits else replaced
             self._push(rest, last=True, pauses=None)
-        except IMError as error:  # perhaps after a pause
-            fresh = 0 <= time.time() - self._confirmed < SILENCE
+        except IMError as error:
+            unconfirmed = error.may_have_arrived or self.progress.unconfirmed
+            fresh = 0 <= time.time() - last_tried < SILENCE
             closed = not error.retry and error.code not in MEANING
-            if not (closed and fresh and (tried or error.may_have_arrived)):
+            if not (closed and fresh and unconfirmed):
                 raise
-        self.progress |= {"sent": 1} if fits else {"plain": True}
-
-    def _close_with(self, text: str, index: int) -> None:
-        """Close the stream with one more paragraph, whatever was said before."""
-        self._index, self._pending = index, None
-        self._push(f"\n\n{text}", last=True, pauses=None)
+        if fits:
+            self.progress.confirm(1)
+        else:
+            self.progress.plain, self._said = True, ""
 
     def _push(
         self, text: str, last: bool = False, pauses: Sequence[float] | None = ()
@@ -253,13 +285,11 @@ class StreamReply(GrowingReply):
         chunk |= {"Markdown": text, "IsLast": last}
         # Clients that know no streams show the CompatibleText.
         content: Json = {"CompatibleText": "…", "Chunks": [chunk]}
-        if "key" in self.progress:
-            content["StreamMsgID"] = self.progress["key"]
+        if self.progress.key is not None:
+            content["StreamMsgID"] = self.progress.key
         element = {"MsgType": "TIMStreamElem", "MsgContent": content}
-        body = message_body(self.message, element, self.order, 0)
+        body = message_body(self.message, element, 0)
         kind = "group" if self.message.group else "c2c"
         answer = self.client.call(f"stream_msg/send_{kind}_stream_msg", body, pauses)
         self._said, self._pending = self._said + text, None
-        if self._index > 1:  # who opened it may have been another process, long ago
-            self._confirmed = time.time()
         return answer

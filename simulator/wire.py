@@ -127,4 +127,4 @@ def _numbers(event: Json) -> list[int]:
     messages: list[callback.Message] = []
     with suppress(callback.BadEvent):
         messages = callback.parse(event["CallbackCommand"], event)
-    return [rest.numbers(m.id, 0, part)[1] for m in messages for part in PARTS]
+    return [rest.numbers(m, part)[1] for m in messages for part in PARTS]

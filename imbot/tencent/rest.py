@@ -22,7 +22,6 @@ from .callback import Json, Message
 
 CONNECT_TIMEOUT = 5  # seconds
 SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of that
-PARTS = 1024  # MsgSeq values reserved for the messages of one answer
 NO_CALLBACKS = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
 
 
@@ -104,7 +103,6 @@ class Client:
         self,
         message: Message,
         element: Json,
-        order: int,
         part: int,
         mention: bool = False,
     ) -> Json:
@@ -114,7 +112,7 @@ class Client:
         https://www.tencentcloud.com/document/product/1047/34919 (one-to-one)
         https://www.tencentcloud.com/document/product/1047/34959 (group)
         """
-        body = message_body(message, element, order, part)
+        body = message_body(message, element, part)
         body["ForbidCallbackControl"] = NO_CALLBACKS
         if not message.group:
             return self.call("openim/sendmsg", body)
@@ -198,9 +196,9 @@ def _read_answer(command: str, response: requests.Response) -> Json:
     return dict(answer)
 
 
-def message_body(message: Message, element: Json, order: int, part: int) -> Json:
+def message_body(message: Message, element: Json, part: int) -> Json:
     """Return the body of a call that sends an element as the robot of `message`."""
-    seq, msg_random = numbers(message.id, order, part)
+    seq, msg_random = numbers(message, part)
     body = chat_fields(message) | {
         "From_Account": message.robot,
         "MsgRandom": msg_random,
@@ -218,14 +216,15 @@ def chat_fields(message: Message) -> Json:
     return {"From_Account": message.robot, "To_Account": message.user}
 
 
-def numbers(id: str, order: int, part: int) -> tuple[int, int]:
-    """Return (MsgSeq, MsgRandom) of one part of the answer to one message.
+def numbers(message: Message, part: int) -> tuple[int, int]:
+    """Return (MsgSeq, MsgRandom) of one part of the answer to a message.
 
-    They are the same at every try: so Tencent knows a repetition. MsgSeq grows from
-    part to part and from answer to answer: so clients can sort what one second brings.
+    They are the same at every try, so Tencent drops a duplicate. Clients sort one
+    second by MsgSeq: an answer must not stand above its question. In groups Tencent
+    sets the MsgSeq. https://www.tencentcloud.com/document/product/1047/33526
     """
-    digest = hashlib.sha256(f"{id}\t{part}".encode()).digest()
-    return (order * PARTS + part) % 2**32, int.from_bytes(digest[:4])
+    digest = hashlib.sha256(f"{message.id}\t{part}".encode()).digest()
+    return (message.seq + 1 + part) % 2**32, int.from_bytes(digest[:4])
 
 
 def text_element(text: str) -> Json:
