@@ -91,6 +91,7 @@ class PostgresStore(Store):
         "lock": "FOR UPDATE",
         "skip_locked": "FOR UPDATE SKIP LOCKED",
         "each": "SELECT value FROM jsonb_array_elements_text",
+        "object_of": "json_object_agg",
     }
 
     def __init__(self, url: str, timing: Timing = NORMAL) -> None:

@@ -6,6 +6,7 @@ or a function that runs several in one transaction.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
@@ -85,7 +86,8 @@ SQL = {
         ON CONFLICT (id) DO NOTHING RETURNING 1""",
     # Count a message out that was not kept.
     "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",
-    "known": "SELECT state FROM message WHERE id = :id",
+    "is_known": "SELECT 1 FROM message WHERE id = :id",
+    "known": "SELECT id, state, ended FROM message WHERE id IN ({each}(:ids))",
     "drop": "DELETE FROM conversation WHERE name = :conversation AND open = 0",
     # Take the conversation that is due longest.
     "take": """UPDATE conversation
@@ -93,7 +95,10 @@ SQL = {
         WHERE name = (SELECT name FROM conversation WHERE due <= {now}
             ORDER BY due LIMIT 1 {skip_locked})
         RETURNING name, attempts""",
-    "oldest": """SELECT seq, id, data, reply, progress, accepted
+    # The message to work on, and the kept values that its worker wants to see.
+    "oldest": """SELECT seq, id, data, reply, progress, accepted, (
+            SELECT CAST({object_of}(name, value) AS text)
+            FROM kept WHERE name IN ({each}(:kept)))
         FROM message WHERE conversation = :conversation AND state = 'open'
         ORDER BY sent, seq LIMIT 1""",
     # Prolong leases, and say which of them still are.
@@ -140,7 +145,10 @@ SQL = {
         WHERE conversation = :conversation AND state IN ('done', 'failed')""",
     "put": """INSERT INTO kept (name, value, put_at) VALUES (:name, :value, {now})
         ON CONFLICT (name) DO UPDATE SET value = excluded.value, put_at = {now}""",
+    "put_first": """INSERT INTO kept (name, value, put_at) VALUES (:name, '{{}}', {now})
+        ON CONFLICT (name) DO NOTHING""",
     "get": "SELECT value FROM kept WHERE name = :name",
+    "get_locked": "SELECT value FROM kept WHERE name = :name {lock}",
     "drop_kept": "DELETE FROM kept WHERE name = :conversation",
     "prune_kept": "DELETE FROM kept WHERE put_at < {now} - :age",
     "span": """SELECT coalesce((SELECT min(seq) FROM message), 0),
@@ -170,7 +178,7 @@ def add_step(execute: Execute, values: Data) -> Added:
         return Added.NEW
     execute("leave", values)
     execute("drop", values)
-    if execute("known", values):
+    if execute("is_known", values):
         return Added.KNOWN
     return Added.QUEUE_FULL if open > values["room"] else Added.RATE_LIMITED
 
@@ -200,6 +208,22 @@ def forget_step(execute: Execute, values: Data) -> None:
     """Delete the texts of a conversation, and what was put under its name."""
     execute("forget", values)
     execute("drop_kept", values)
+
+
+def update_step(execute: Execute, values: Data) -> Data | Exception:
+    """Change a kept value; if `change` raises, return its error and change nothing.
+
+    An error is not raised here: other steps may share the transaction.
+    """
+    execute("put_first", values)  # a row that is not there cannot be locked
+    [(text,)] = execute("get_locked", values)
+    try:
+        value: Data = values["change"](json.loads(text))
+        new = json.dumps(value)
+    except Exception as error:
+        return error
+    execute("put", values | {"value": new})
+    return value
 
 
 def retry_step(execute: Execute, values: Data) -> bool:

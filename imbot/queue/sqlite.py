@@ -34,6 +34,7 @@ class SQLiteStore(Store):
         "lock": "",
         "skip_locked": "",
         "each": "SELECT value FROM json_each",
+        "object_of": "json_group_object",
     }
 
     def __init__(self, url: str, timing: Timing = NORMAL) -> None:

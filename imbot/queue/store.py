@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ from .sql import (
     forget_step,
     renumber_step,
     retry_step,
+    update_step,
 )
 
 MAX_ATTEMPTS = 3  # claims that may end without a result before a message fails
@@ -62,6 +63,7 @@ class Claim:
     progress: Data  # what was given to save_reply, perhaps by a process now dead
     accepted: float  # Unix seconds
     spent: bool  # MAX_ATTEMPTS claims ended without a word: only to be given up
+    kept: dict[str, Data]  # what claim was asked for, by name, as far as it was put
 
 
 class Store:
@@ -143,11 +145,13 @@ class Store:
         finally:
             self._callbacks.pop()
 
-    def claim(self) -> Claim | None:
+    def claim(self, kept: Sequence[str] = ()) -> Claim | None:
         """Take the oldest open message of the conversation that is due longest.
 
         A claim lasts `lease` seconds. A message whose claims ended MAX_ATTEMPTS times
-        without a word is claimed once more, as `spent`, and then failed.
+        without a word is claimed once more, as `spent`, and then failed. The claim
+        brings what was put under the names in `kept`, where {conversation} stands for
+        its conversation.
         """
         token = os.urandom(16).hex()
         taken = self._write_in_turn(
@@ -155,22 +159,34 @@ class Store:
         )
         # A statement of its own, so that it sees what ended a moment ago. Nothing of a
         # conversation ends while another worker holds it.
-        rows = taken and self._write("oldest", {"conversation": taken[0][0]})
-        if not rows:
+        if not taken:
             return None
-        [(conversation, attempts)], [(seq, id, *texts, accepted)] = taken, rows
+        [(conversation, attempts)] = taken
+        names = [storable(n.replace("{conversation}", conversation)) for n in kept]
+        values = {"conversation": conversation, "kept": json.dumps(names)}
+        if not (rows := self._write("oldest", values)):
+            return None
+        [(seq, id, *texts, accepted, found)] = rows
         data, reply, progress = map(_load, texts)
         given = (data, token, reply, progress or {}, accepted)
-        claim = Claim(seq, id, conversation, *given, spent=attempts > MAX_ATTEMPTS)
+        found = {name: _load(text) for name, text in (_load(found) or {}).items()}
+        spent = attempts > MAX_ATTEMPTS
+        claim = Claim(seq, id, conversation, *given, spent=spent, kept=found)
         if data is not None and attempts <= MAX_ATTEMPTS + 1:
             return claim
         self.fail(claim, "its work was cut short too often, or it cannot be read")
-        return self.claim()
+        return self.claim(kept)
+
+    def known(self, ids: Sequence[str]) -> dict[str, tuple[str, float | None]]:
+        """Return the state of each id that is known: `open`, `done`, `gone` or
+        `failed`, and when the message ended, in Unix seconds, None while it is open."""
+        given = {storable(id): id for id in ids}
+        rows = self._read("known", {"ids": json.dumps([*given])})
+        return {given[id]: (state, ended) for id, state, ended in rows}
 
     def state(self, id: str) -> str | None:
-        """Return `open`, `done`, `gone` or `failed`, None if the id is not known."""
-        rows = self._read("known", {"id": storable(id)})
-        return str(rows[0][0]) if rows else None
+        """Return the state of an id as `known` does, None if it is not known."""
+        return self.known([id]).get(id, (None, None))[0]
 
     def heartbeat(self, claims: Collection[Claim]) -> tuple[list[Claim], list[Claim]]:
         """Make claims last `lease` seconds from now; return those that were lost, and
@@ -246,6 +262,19 @@ class Store:
         """Return what was put under a name."""
         rows = self._read("get", {"name": storable(name)})
         return _load(rows[0][0]) if rows else None
+
+    def update(self, name: str, change: Callable[[Data], Data]) -> Data:
+        """Replace the value under a name by what `change` makes of it, {} if there is
+        none; return the new value. No other process changes it meanwhile.
+
+        `change` runs inside the transaction, perhaps in another thread, and again if a
+        connection breaks: it may only compute, and not wait or use the store.
+        """
+        values = {"name": storable(name), "change": change}
+        result = self._write_in_turn(update_step, values)
+        if isinstance(result, Exception):
+            raise result
+        return result  # type: ignore[no-any-return]
 
     def prune(self, age: float) -> int:
         """Delete what ended or was put more than `age` seconds ago; return how many

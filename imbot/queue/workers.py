@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +70,7 @@ class Workers:
         self.threads, self.retention = threads, retention  # a number, seconds
         self.backlog = 0  # messages that wait in the store, as last seen
         self.draining = False  # claim no more
+        self.kept: Sequence[str] = ()  # names of kept values that each claim brings
         self.beat: Callable[[], None] = do_nothing  # is called with each heartbeat
         self._wake_ups: SimpleQueue[None] = SimpleQueue()  # idle threads wait for it
         self._in_flight: dict[int, Job] = {}  # by seq
@@ -136,7 +137,7 @@ class Workers:
         if self.draining or self._store_down or not self._may_claim():
             return None
         try:
-            claim = self.store.claim()
+            claim = self.store.claim(self.kept)
         except StoreError as error:
             self._note_down(error)
             return None
