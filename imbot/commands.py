@@ -13,22 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .queue.store import Store, StoreError
-from .queue.workers import log_failure
-from .tencent.callback import Message
-
-
-@dataclass(frozen=True)
-class Chat:
-    """Where a command was given."""
-
-    message: Message
-    conversation: str  # its key in the store
-    store: Store
-    language: str  # BOT_LANGUAGE
-    texts: dict[str, str]  # in it
-    shared: bool  # whether a whole group shares the memory
-
+from .chat import Chat
+from .tencent import Message
 
 Run = Callable[[Chat, str], str]
 
@@ -77,14 +63,3 @@ def usage(language: str) -> str:
         about = command.zh if language == "zh" else command.en
         lines.append(f"{f'{name} {command.takes}'.strip()} ({command.name}): {about}")
     return "\n".join(lines)
-
-
-def run(command: Run, argument: str, chat: Chat) -> str:
-    """Return the answer of a command; a failure is logged and told in one sentence."""
-    try:
-        return command(chat, argument)
-    except StoreError:
-        raise
-    except Exception as error:
-        log_failure(f"{chat.message.id}: the command", error)
-        return chat.texts["command_failed"]

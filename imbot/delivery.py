@@ -1,73 +1,50 @@
-"""The way of an answer to its user: kept, shown, tried again, or given up.
+"""The way of an answer to its user: made, kept, shown, sent again, or given up.
 
-    delivery = outbox.open(job, message, PlainReply)
+    answer = delivery.kept or delivery.run(compose)
     delivery.keep(answer)        # on disk: a restart sends it, and does not pay twice
     delivery.show(answer)        # raises IMError
-    delivery.finish()            # or delivery.postpone(error)
+    delivery.finish(answer)      # or delivery.postpone(error)
 
-Every try sends the same numbers, so Tencent drops what it already has.
+Every try sends the same numbers, so Tencent drops a duplicate.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
-from .queue.sql import Added
-from .queue.store import Store, StoreError
-from .queue.workers import Job, LeaseLost, Workers
-from .replies import PlainReply
-from .tencent.callback import Message
-from .tencent.rest import Client, IMError
-from .timing import NORMAL, Timing
+from .ai import ProviderError
+from .chat import Answer, Chat, Said
+from .prompt import redact
+from .queue import Added, Job, LeaseLost, Store, StoreError, Workers, log_error
+from .replies import PlainReply, Progress
+from .settings import Settings
+from .tencent import Client, IMError, Message
+from .timing import Timing
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the user gets."""
-
-    text: str = ""  # "" if there is none, and `note` says why
-    note: str = ""  # shown below the text, e.g. why it is cut; never remembered
-    remember: bool = False  # whether later questions see it
-    outcome: str = "sent"  # for the log
-
-    @property
-    def shown(self) -> str:
-        return "\n\n".join(filter(None, (self.text, self.note)))
-
-
 class Outbox:
     """What all deliveries share."""
 
-    def __init__(
-        self,
-        store: Store,
-        workers: Workers,
-        im: Client,
-        texts: dict[str, str],
-        is_absent: Callable[[Message, int, int], bool],
-        room: int,
-        timing: Timing = NORMAL,
-    ) -> None:
-        self.timing = timing
-        self.store, self.workers, self.im, self.texts = store, workers, im, texts
-        self.is_absent, self.room = is_absent, room
-
-    def open(self, job: Job, message: Message, mode: type[PlainReply]) -> Delivery:
-        """Begin to answer a message."""
-        return Delivery(self, job, message, mode)
+    settings: Settings
+    store: Store
+    workers: Workers
+    im: Client
+    texts: dict[str, str]
+    timing: Timing
 
     def tell(self, message: Message, conversation: str, why: str) -> bool:
-        """Say why messages are refused, unless it was said lately. Return whether it
-        is said. It does not wait behind the answers of the chat."""
-        timing = self.timing
-        limited = why == Added.RATE_LIMITED
-        every = timing.minute if limited else timing.notice_every
+        """Tell the chat, from time to time, why its messages are refused.
+
+        Return whether it is told now.
+        """
+        rated, timing = why == Added.RATE_LIMITED, self.timing
+        every = timing.minute if rated else timing.notice_every
         place = (message.robot, message.group or message.user)
         id = "\t".join((why, *place, f"{time.time() // every:.0f}"))
         return self.say(message, conversation, id, self.texts[why])
@@ -76,7 +53,8 @@ class Outbox:
         """Send a sentence beside the answers of a conversation, once for each id."""
         about = replace(message, text="", quote="", images=())  # nobody needs them
         beside = f"{conversation}\tnotice"
-        added = self.workers.add(id, beside, about.data(), room=self.room, reply=text)
+        room = self.settings.max_waiting
+        added = self.workers.add(id, beside, about.data(), room=room, reply=text)
         return added == Added.NEW
 
 
@@ -84,107 +62,168 @@ class Delivery:
     """One answer on its way."""
 
     def __init__(
-        self, outbox: Outbox, job: Job, message: Message, mode: type[PlainReply]
+        self, outbox: Outbox, job: Job, chat: Chat, mode: type[PlainReply]
     ) -> None:
-        self.outbox, self.job, self.message, claim = outbox, job, message, job.claim
-        self.progress = dict(
-            claim.progress
-        )  # of sending; another process goes on there
-        numbers = (message, claim.seq, self.progress, self._save_progress)
-        self.reply = mode(outbox.im, *numbers, outbox.texts["replaced"])
-        self.kept: Answer | None = None  # by a process that died, or could not send it
-        if claim.reply is not None:
-            self.kept = Answer(claim.reply, self.progress.get("note", ""))
-        self._outcome, self._began, self._asked = "sent", time.monotonic(), 0.0
-        job.tick = self._keep_alive
+        self.outbox, self.job, self.chat = outbox, job, chat
+        self.progress = Progress.load(job.claim.progress)
+        self.reply = mode(
+            outbox.im,
+            chat.message,
+            outbox.texts,
+            self.progress,
+            self._save_progress,
+            chat.scope.cancelled.is_set,
+            outbox.settings.max_parts,
+        )
+        chat.update_interval = self.reply.update_interval
+        # Made by a process that crashed, or could not send it.
+        kept = job.claim.reply
+        self.kept = None if kept is None else Answer.load(kept)
+        self._began, self._asked = time.monotonic(), 0.0
+        job.cancel, job.tick = chat.scope.cancel, self._keep_alive
 
     def _keep_alive(self) -> None:
         if time.monotonic() - self.reply.last_sent > self.reply.keep_alive_after:
             self.outbox.workers.in_background(self.reply.keep_alive)
 
+    def run(self, compose: Callable[[Chat], Said]) -> Answer:
+        """Return what `compose` says; while that grows, show it."""
+        try:
+            said = compose(self.chat)
+            if isinstance(said, str):
+                return Answer(said)
+            if isinstance(said, dict):
+                return Answer(element=said)
+            return self._grow(said)
+        except (StoreError, LeaseLost, IMError):
+            raise
+        except Exception as error:  # in the code of a fork, or in ours
+            log_error(self.job.claim.id, error, redact(str(error), self.chat.said()))
+            return Answer(note=self.outbox.texts["broken"], outcome="broken")
+
+    def _grow(self, texts: Iterator[str]) -> Answer:
+        """Show a text that grows, until it is whole, or breaks off."""
+        scope, text = self.chat.scope, ""
+        self.reply.open()  # shows that an answer is coming
+        try:
+            for text in texts:
+                if not scope.ended:
+                    self._update(text)
+        except ProviderError as error:
+            if self.job.lost:
+                raise LeaseLost from None
+            return self._explain(error, text)
+        remember = not self.chat.memory and self.chat.turns > 0
+        return Answer(text, remember=remember, outcome="answered")
+
+    def _update(self, text: str) -> None:
+        """Show the text so far. What that takes is not counted as the AI's time."""
+        began = time.monotonic()
+        self.reply.update(text)
+        self.chat.scope.deadline += time.monotonic() - began
+
+    def _explain(self, error: ProviderError, text: str) -> Answer:
+        """Turn a failure of the AI into what the user sees."""
+        texts, kind = self.outbox.texts, error.kind
+        said = texts.get(kind, texts["busy"])
+        if kind in ("stopped", "length"):  # not failures: keep the text so far
+            note = said if text else ""
+            return Answer(text or said, note, remember=bool(text), outcome=kind)
+        why = redact(str(error), self.chat.said())
+        logger.warning("no answer for %s: %s", self.job.claim.id, why)
+        note = texts["cut"].format(said) if text else said
+        return Answer(text, note, outcome=kind)
+
     def keep(self, answer: Answer) -> None:
-        """Save an answer before it is sent. If the store is away it waits: the answer
-        was paid for."""
-        if self.kept:
-            return
-        self.progress |= {"note": answer.note} if answer.note else {}
-        self._outcome, end = (
-            answer.outcome,
-            time.monotonic() + self.outbox.timing.save_patience,
-        )
-        while True:
+        """Store an answer before it is sent.
+
+        If the store is down, wait rather than lose an answer the AI has billed.
+        """
+        end = time.monotonic() + self.outbox.timing.save_patience
+        while not self.kept:
             try:
-                return self._save(answer.text, answer.remember)
+                self._save(answer)
+                self.kept = answer
             except StoreError:
                 if time.monotonic() > end:
                     raise
-            time.sleep(0.5)
+                time.sleep(self.outbox.timing.poll)
 
-    def _save_progress(self, progress: Any = None) -> None:
+    def _save_progress(self) -> None:
         try:
-            self._save(None, False)
+            self._save(None)
         except StoreError:
-            pass  # it stays in memory
+            pass  # it stays in memory: not worth waiting for
 
-    def _save(self, text: str | None, remember: bool) -> None:
-        claim, progress = self.job.claim, self.progress
-        if not self.outbox.store.save_reply(claim, text, progress, remember):
+    def _save(self, answer: Answer | None) -> None:
+        given = answer and answer.data(), self.progress.data()
+        remember = bool(answer and answer.remember)
+        if not self.outbox.store.save_reply(self.job.claim, *given, remember):
             raise LeaseLost
 
     def show(self, answer: Answer) -> None:
         """Send the answer. Raises IMError."""
         self._asked = time.monotonic()
-        if answer.shown:
-            self.reply.close(answer.shown, failed=not answer.text)
+        if answer.element:
+            self.reply.close_with(answer.element)
+        elif answer.shown or self.reply.unlocks:
+            self.reply.close(answer.shown, failed=bool(answer.note and not answer.text))
 
-    def finish(self) -> None:
-        """Mark the message as answered; if the store is away, as soon as it is back."""
+    def finish(self, answer: Answer) -> None:
+        """Mark the message as answered; if the store is down, as soon as it is back."""
         outbox, claim, sent = self.outbox, self.job.claim, time.monotonic()
         outbox.workers.when_store_works(outbox.store.finish, claim)
         asked = self._asked or sent
         took = (round((asked - self._began) * 1000), round((sent - asked) * 1000))
         line = "%s: %s, ai %d ms, im %d ms, %d parts"
-        logger.info(line, claim.id, self._outcome, *took, self.reply.parts)
+        logger.info(line, claim.id, answer.outcome, *took, self.reply.parts)
 
     def postpone(self, error: IMError) -> None:
         """Send the answer later, or give it up if Tencent will never take it."""
+        if not self._is_postponed(error):
+            self.give_up(str(error))
+
+    def _is_postponed(self, error: IMError) -> bool:
+        """Release the claim until the next try; return False if there is none."""
         claim, now, progress = self.job.claim, time.time(), self.progress
-        since = max(progress.setdefault("failing_since", now), claim.accepted)
+        progress.failing_since = progress.failing_since or now
+        failing = now - max(progress.failing_since, claim.accepted)
         timing, about_message = self.outbox.timing, error.about_message
         patience = timing.patience_with_message if about_message else timing.patience
-        if not error.retry or now - since > patience:
-            return self.give_up(str(error))
-        delay = min(timing.longest_retry, max(timing.first_delay, now - since))
+        if not error.retry or failing > patience:
+            return False
+        delay = min(timing.longest_retry, max(timing.first_delay, failing))
         logger.warning("%s; trying again in %.0f s: %s", claim.id, delay, error)
-        if error.may_have_arrived and progress.get("at") is not None:
-            progress.setdefault("unsure", {}).setdefault(str(progress["at"]), now)
+        if error.may_have_arrived:
+            progress.unconfirmed = progress.unconfirmed or now
         self._save_progress()
-        outbox = self.outbox
-        outbox.workers.when_store_works(outbox.store.release, claim, delay)
+        workers = self.outbox.workers
+        workers.when_store_works(self.outbox.store.release, claim, delay)
+        return True
 
     def settle(self) -> None:
-        """Decide about a call whose result is unknown, once Tencent may have forgotten
-        it: it counts as sent, unless Tencent's history shows that it did not arrive."""
-        unsure, part = self.progress.get("unsure", {}), str(self.progress.get("at"))
-        timing, group = self.outbox.timing, self.message.group
+        """Treat an unconfirmed part as sent once Tencent no longer drops duplicates."""
+        timing, group = self.outbox.timing, self.chat.message.group
         known = timing.duplicate_window_group if group else timing.duplicate_window
-        age = time.time() - unsure.get(part, time.time())
-        if part not in unsure or 0 <= age <= known:  # the clock may be set back
-            return
-        seq = self.job.claim.seq
-        absent = self.outbox.is_absent(self.message, seq, int(part) + 1)
-        del unsure[part]
-        what = "did not arrive" if absent else "counts as sent, unconfirmed"
-        logger.warning("%s %s", self.job.claim.id, what)
-        if not absent:
+        age = time.time() - (self.progress.unconfirmed or time.time())
+        if age > known:
+            logger.warning("%s counts as sent, unconfirmed", self.job.claim.id)
             self.reply.assume_sent()
 
     def give_up(self, reason: str) -> None:
-        """Tell the user that no answer comes, and leave the message to the operator."""
-        outbox, claim = self.outbox, self.job.claim
+        """Tell the user that no answer comes, and leave the message to the operator.
+
+        If Tencent is busy just then, the user is told later.
+        """
+        outbox, claim, progress = self.outbox, self.job.claim, self.progress
+        if not progress.gives_up:
+            progress.gives_up = reason
+            progress.failing_since = progress.unconfirmed = None
         try:
-            if self.message.kind not in ("said", "missed"):  # else nobody waits for it
+            if self.chat.message.kind != "said":  # else nobody waits for an answer
                 self.reply.give_up(outbox.texts["undeliverable"])
         except IMError as error:
+            if self._is_postponed(error):
+                return
             logger.warning("%s: the user is not told: %s", claim.id, error)
-        outbox.workers.when_store_works(outbox.store.fail, claim, reason)
+        outbox.workers.when_store_works(outbox.store.fail, claim, progress.gives_up)

@@ -41,6 +41,13 @@ class Timing:
     duplicate_window: float = 50.0
     duplicate_window_group: float = 230.0
 
+    # Messages whose callbacks failed.
+    outage: float = 5.0  # without a heartbeat of its own, after which a server was down
+    others_outage: float = 1.5  # the same for another server, which ours may replace
+    away: float = 600.0  # after which a silent server is not expected back
+    look_up: float = 10.0  # for one conversation; then it is answered without
+    rest: float = 30.0  # without look-ups after several failures in a row
+
     @property
     def pause(self) -> float:
         """Seconds without a heartbeat after which this process claims nothing."""

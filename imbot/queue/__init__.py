@@ -6,7 +6,7 @@ Nothing here knows of chats, AI or Tencent.
 from ..timing import NORMAL, Timing
 from .sql import NO_LIMIT, Added
 from .store import MAX_ATTEMPTS, Claim, Store, StoreError
-from .workers import Job, LeaseLost, Workers, log_failure
+from .workers import Job, LeaseLost, Workers, log_error
 
 __all__ = [
     "MAX_ATTEMPTS",
@@ -18,7 +18,7 @@ __all__ = [
     "Store",
     "StoreError",
     "Workers",
-    "log_failure",
+    "log_error",
     "open_store",
 ]
 

@@ -130,11 +130,6 @@ SQL = {
     "release": f"""UPDATE conversation SET token = NULL, due = {{now}} + :delay,
             attempts = attempts - :uncounted
         WHERE {_HELD}""",
-    "held": f"SELECT 1 FROM conversation WHERE {_HELD} {{lock}}",
-    "unbegun": """SELECT seq FROM message
-        WHERE conversation = :conversation AND state = 'open' AND seq <> :seq
-            AND reply IS NULL AND progress IS NULL ORDER BY sent, seq""",
-    "number": "UPDATE message SET seq = :new WHERE seq = :old",
     "cancel": """UPDATE conversation SET cancelled = 1
         WHERE name = :conversation RETURNING 1""",
     "history": """SELECT data, reply FROM message
@@ -189,19 +184,6 @@ def end_step(execute: Execute, values: Data) -> bool:
         return False
     execute(values["end"], values)
     return True
-
-
-def renumber_step(execute: Execute, values: Data) -> None:
-    """Exchange the seqs of messages; nothing if the claim was lost."""
-    rows = execute("unbegun", values) if execute("held", values) else []
-    olds = [seq for (seq,) in rows]
-    moves = [
-        (old, new) for old, new in zip(olds, sorted(olds), strict=True) if old != new
-    ]
-    for old, _ in moves:  # out of the way
-        execute("number", {"old": old, "new": -old})
-    for old, new in moves:
-        execute("number", {"old": -old, "new": new})
 
 
 def forget_step(execute: Execute, values: Data) -> None:

@@ -34,7 +34,6 @@ from .sql import (
     add_step,
     end_step,
     forget_step,
-    renumber_step,
     retry_step,
     update_step,
 )
@@ -59,7 +58,7 @@ class Claim:
     conversation: str
     data: Data  # what was given to add
     token: str  # names this claim; a worker that lost it changes nothing
-    reply: str | None  # what was given to add or save_reply
+    reply: Any  # what was given to add or save_reply
     progress: Data  # what was given to save_reply, perhaps by a process now dead
     accepted: float  # Unix seconds
     spent: bool  # MAX_ATTEMPTS claims ended without a word: only to be given up
@@ -118,7 +117,7 @@ class Store:
         asker: str = "",
         room: int = NO_LIMIT,
         rate: int = NO_LIMIT,
-        reply: str | None = None,
+        reply: Any = None,
         sent: float = 0.0,
         remember: bool = False,
     ) -> Added:
@@ -201,7 +200,7 @@ class Store:
         return lost, [claim for claim in claims if held.get(claim.token)]
 
     def save_reply(
-        self, claim: Claim, reply: str | None, progress: Data, remember: bool = True
+        self, claim: Claim, reply: Any, progress: Data, remember: bool = True
     ) -> bool:
         """Keep the reply before it is sent, and how far sending has come; False if the
         claim was lost. A reply that is None stays as it is.
@@ -231,17 +230,12 @@ class Store:
         """
         self._write_in_turn("release", _held(claim, delay=delay, uncounted=1 - failed))
 
-    def renumber(self, claim: Claim) -> None:
-        """Let the seqs of what waits behind a claim grow from turn to turn. Messages
-        that were worked on keep theirs."""
-        self._write_in_turn(renumber_step, _held(claim))
-
     def cancel(self, conversation: str) -> bool:
         """Stop the work on a conversation, also if it begins later; False if there is
         none."""
         return bool(self._write("cancel", {"conversation": storable(conversation)}))
 
-    def history(self, conversation: str, limit: int) -> list[tuple[Data, str]]:
+    def history(self, conversation: str, limit: int) -> list[tuple[Data, Any]]:
         """Return the last `limit` remembered (data, reply) pairs, oldest first."""
         values = {"conversation": storable(conversation), "limit": limit}
         rows = self._read("history", values)

@@ -80,7 +80,8 @@ class Workers:
         self._beat = (0.0, 0.0)  # the clocks at the last heartbeat
         self._prune_at = 0.0  # time.monotonic()
         self._claim_from = 0.0  # time.monotonic() before which nothing is claimed
-        self._closed = threading.Event()
+        self._hurries = 0  # calls of hurry() since the last heartbeat
+        self._loop_wakes, self._closed = threading.Event(), threading.Event()
 
     def start(self) -> None:
         """Begin to work: first on what an earlier process left behind."""
@@ -105,6 +106,11 @@ class Workers:
     def hold(self, seconds: float) -> None:
         """Claim nothing for some seconds."""
         self._claim_from = max(self._claim_from, time.monotonic() + seconds)
+
+    def hurry(self) -> None:
+        """Claim nothing until the next heartbeat, and let that come at once."""
+        self._hurries += 1
+        self._loop_wakes.set()
 
     def cancel(self, conversation: str) -> None:
         """End the work on a conversation soon, in whichever process it is."""
@@ -151,7 +157,8 @@ class Workers:
     def _may_claim(self) -> bool:
         """Return whether all processes had the time to prolong their claims."""
         return (
-            self._since_heartbeat() < self.timing.pause
+            not self._hurries
+            and self._since_heartbeat() < self.timing.pause
             and time.monotonic() >= self._claim_from
         )
 
@@ -174,7 +181,7 @@ class Workers:
             self._note_down(error)
             self._release(work, 1.0)
         except Exception as error:
-            log_failure(claim.id, error)
+            log_error(claim.id, error)
             self._release(work, 1.0, failed=True)
         finally:
             with self._ended:
@@ -195,20 +202,24 @@ class Workers:
 
     def _maintain(self) -> None:
         """Be the maintenance loop."""
-        pause = 0.0
-        while not self._closed.wait(pause):
-            pause = self.timing.poll
+        while not self._closed.is_set():
             try:
                 self._look_after()
             except StoreError as error:
                 self._note_down(error)
             except Exception as error:
-                log_failure("the maintenance loop", error)
+                log_error("the maintenance loop", error)
+            poll = self.timing.poll
+            self._loop_wakes.wait(poll / 5 if self._hurries else poll)
+            self._loop_wakes.clear()
 
     def _look_after(self) -> None:
         is_due = self._since_heartbeat() > self.timing.heartbeat - self.timing.poll / 2
-        if is_due or self._store_down or not self._may_claim():
+        hurries = self._hurries
+        if is_due or hurries or self._store_down or not self._may_claim():
             self._heartbeat()
+        if hurries == self._hurries:  # nobody hurried meanwhile
+            self._hurries = 0
         while self._unfinished:
             self._unfinished[0]()
             self._unfinished.popleft()
@@ -256,15 +267,20 @@ class Workers:
                 self.store.release(work.claim, 0.0)
             work.cancel()
         self._closed.set()
+        self._loop_wakes.set()
         for _ in range(self.threads):
             self._wake_ups.put(None)  # its thread ends
         logger.info("stopped; %d messages were left to others", len(left))
 
 
-def log_failure(what: str, error: Exception) -> None:
-    """Log where an error came from, without its text: that may quote a message."""
+def log_error(what: str, error: Exception, text: str = "") -> None:
+    """Log where an error came from, and `text`.
+
+    Its own text is not logged unless the caller gives it: it may quote a message.
+    """
     place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
-    logger.error("%s failed with %s. Traceback:\n%s", what, type(error).__name__, place)
+    name = ": ".join(filter(None, (type(error).__name__, text)))
+    logger.error("%s failed with %s. Traceback:\n%s", what, name, place)
 
 
 def _clocks() -> tuple[float, float]:

@@ -128,11 +128,16 @@ class Client:
         return [str(userid) for userid in listed.get("Robot_Account") or []]
 
     def call(
-        self, command: str, body: Json, pauses: Sequence[float] | None = None
+        self,
+        command: str,
+        body: Json,
+        pauses: Sequence[float] | None = None,
+        timeout: float | None = None,
     ) -> Json:
         """Make a REST call and return Tencent's answer.
 
-        If another try may help, there is one after each of `pauses`, in seconds.
+        If another try may help, there is one after each of `pauses`; each ends after
+        `timeout`, in seconds.
         Raises IMError. https://www.tencentcloud.com/document/product/1047/34620
         """
         data = json.dumps(body, ensure_ascii=False).encode()
@@ -140,7 +145,7 @@ class Client:
         renewed = arrived = False
         while True:
             try:
-                return self._post(command, data)
+                return self._post(command, data, timeout or self.timing.call_timeout)
             except IMError as error:
                 arrived = error.may_have_arrived = arrived or error.may_have_arrived
                 if error.code in STALE_SIG and not renewed:
@@ -150,15 +155,14 @@ class Client:
                 else:
                     raise
 
-    def _post(self, command: str, data: bytes) -> Json:
+    def _post(self, command: str, data: bytes, seconds: float) -> Json:
         # A UserSig needs no quoting, and urllib3 goes byte by byte where it finds a %.
         url = (
             f"{self.url}/v4/{command}?sdkappid={self.sdkappid}&contenttype=json"
             f"&identifier={quote(self.admin)}&usersig={self._user_sig()}"
             f"&random={random.getrandbits(32)}"
         )
-        seconds = self.timing.call_timeout
-        limits = (CONNECT_TIMEOUT, seconds)
+        limits = (min(CONNECT_TIMEOUT, seconds), seconds)
         try:
             with CancelScope(seconds):
                 response = self._session.post(url, data, headers={}, timeout=limits)

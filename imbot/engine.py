@@ -1,0 +1,206 @@
+"""The wiring below botserver.Bot: settings, store, threads, services, limits, shutdown.
+
+`Engine` takes the work of Bot's five verbs to where it belongs; a fork seldom edits it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, Self
+
+from flask import Flask, request
+from werkzeug.exceptions import HTTPException
+
+from .ai import Provider, Service
+from .chat import Chat
+from .delivery import Delivery, Outbox
+from .http import CancelScope
+from .missed import Missed, NothingMissed
+from .queue import (
+    MAX_ATTEMPTS,
+    NO_LIMIT,
+    Added,
+    Job,
+    Store,
+    StoreError,
+    Workers,
+    open_store,
+)
+from .replies import PlainReply
+from .settings import Persona, Settings, SettingsError, misspelt
+from .tencent import BadEvent, Client, Message, numbers
+from .texts import TEXTS
+from .timing import NORMAL, Timing
+from .web import refuse, set_up_logging
+
+DRAIN = 20.0  # seconds to finish answers at shutdown
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """What Bot inherits. Bot gives it the tables, the settings and the signatures."""
+
+    services: ClassVar[Mapping[str, Service]]
+    replies: ClassVar[Mapping[str, type[PlainReply]]]
+    settings_type: ClassVar[type[Settings]] = Settings
+    make_sig: ClassVar[Callable[..., str]]
+    bad_signature: ClassVar[type[Exception]]
+
+    def __init__(self, settings: Settings, store: Store, timing: Timing) -> None:
+        self.settings, self.store = settings, store
+        self.nicks = {robot: p.nick for robot, p in settings.robots.items()}
+        self.texts = TEXTS[settings.bot_language]
+        self.im = self.connect(settings, timing)
+        personas = {Persona(), *settings.robots.values()}
+        self.providers = {p: settings.provider(p, self.services) for p in personas}
+        days, threads = settings.retention_days, settings.worker_threads
+        self.workers = Workers(store, self.work, threads, days * 86400, timing)
+        shared = settings, store, self.workers, self.im
+        self.outbox = Outbox(*shared, self.texts, timing)
+        self.missed: Missed | NothingMissed = NothingMissed()
+        if settings.catch_up:
+            accept = partial(self.accept, was_missed=True)
+            self.missed = Missed(*shared, accept, timing)
+
+    @classmethod
+    def create(cls, settings: Settings | None = None, timing: Timing = NORMAL) -> Self:
+        """Create a bot without starting it. Exit with a sentence if it cannot work."""
+        try:
+            settings = settings or cls.read_settings()
+            return cls(settings, open_store(settings.database_url, timing), timing)
+        except (SettingsError, StoreError) as error:
+            at = "DATABASE_URL: {}." if isinstance(error, StoreError) else "{}"
+            print(at.format(error), file=sys.stderr)
+            sys.exit(3)  # gunicorn does not restart a worker that exits with 3
+
+    @classmethod
+    def read_settings(cls) -> Settings:
+        """Read the settings from the environment. Raises SettingsError."""
+        return cls.settings_type.from_env(cls.services, cls.replies)
+
+    @classmethod
+    def connect(cls, settings: Settings, timing: Timing = NORMAL) -> Client:
+        """Create the REST client. Its calls are signed with a UserSig made here."""
+        sign = partial(cls.make_sig, settings.im_sdkappid, settings.im_key)
+        about = settings.im_sdkappid, settings.im_admin, sign, settings.worker_threads
+        return Client(settings.im_api_url, *about, timing)
+
+    def start(self, app: Flask) -> None:
+        """Start the threads; turn errors into Tencent's JSON."""
+        app.extensions["bot"] = self
+        app.register_error_handler(self.bad_signature, partial(refuse, 403))
+        app.register_error_handler(BadEvent, partial(refuse, 400))
+        app.register_error_handler(StoreError, self.refuse_for_now)
+        app.register_error_handler(HTTPException, partial(refuse, 500))
+        settings = self.settings
+        set_up_logging(settings.log_level)
+        for line in misspelt(os.environ, settings.ai_secret_keys):
+            logger.warning(line)
+        self.workers.start()
+        atexit.register(self.close)
+        store, _, _ = settings.database_url.partition(":")
+        about = store, settings.ai_provider, settings.reply_mode
+        logger.info("store %s, AI service %s, replies %s", *about)
+
+    def close(self, drain: float = DRAIN) -> None:
+        """Finish what fits into `drain` seconds; leave the rest to the next process."""
+        self.workers.close(drain)
+
+    def refuse_for_now(self, error: Exception) -> Any:
+        """Answer 503. Tencent repeats no callback: the message is looked up later."""
+        if request.path != "/healthz":
+            self.missed.note_refusal()
+            return refuse(503, error)
+        logger.warning("no health: %s", error)
+        return {"status": "the store does not work"}, 503
+
+    def accept(self, message: Message, was_missed: bool = False) -> None:
+        """See Bot."""
+        raise NotImplementedError
+
+    def answer(self, chat: Chat, delivery: Delivery) -> None:
+        """See Bot."""
+        raise NotImplementedError
+
+    def enqueue(self, message: Message, was_missed: bool = False) -> None:
+        """Put a message into the queue, or tell the chat which limit it hit.
+
+        Nobody is told about a message that was found by the look-up (`was_missed`).
+        Raises StoreError, so that Tencent gets a 503.
+        """
+        if not was_missed and self.workers.backlog >= self.settings.max_backlog:
+            raise StoreError("too many messages wait (MAX_BACKLOG)")
+        chat = self.conversation(message)
+        refused = "not_allowed"
+        if self.may_ask(message):
+            refused = self._add(message, chat)
+        if refused and not was_missed:
+            self.outbox.tell(message, chat, refused)
+
+    def _add(self, message: Message, chat: str) -> str:
+        """Add a message to the store; return the limit it hit, or ""."""
+        added = self.workers.add(
+            message.id,
+            chat,
+            message.data(),
+            asker=message.user,
+            sent=message.sent,
+            room=self.settings.max_waiting,
+            rate=self.settings.rate_limit or NO_LIMIT,
+        )
+        return "" if added in (Added.NEW, Added.KNOWN) else added
+
+    def may_ask(self, message: Message) -> bool:
+        """Check ALLOW_USERS and ALLOW_GROUPS."""
+        users, groups = self.settings.allow_users, self.settings.allow_groups
+        known_user = not users or message.user in users
+        return known_user and (not groups or message.group in ("", *groups))
+
+    def stop(self, message: Message) -> None:
+        """Stop the answer in progress in a chat, and what waits behind it."""
+        if not self.may_ask(message):
+            return
+        chat = self.conversation(message)
+        by_button = message.kind == "stop"  # whoever pressed it sees that it worked
+        text = "" if by_button else self.texts["stop"]
+        if self.outbox.say(message, chat, message.id, text):
+            self.workers.cancel(chat)
+
+    def conversation(self, message: Message) -> str:
+        """Return the key of a message's conversation."""
+        return message.conversation(self.settings.group_memory == "member")
+
+    def provider(self, chat: Chat) -> Provider:
+        """Return the AI service of the robot that was addressed."""
+        return self.providers[chat.persona]
+
+    def work(self, job: Job) -> None:
+        """Do what a claimed message needs, in a thread of the pool."""
+        message = Message.load(job.claim.data)
+        chat = self._chat(message, job.claim.conversation)
+        delivery = Delivery(self.outbox, job, chat, self._reply_mode(message))
+        if job.claim.spent or delivery.progress.gives_up:
+            return delivery.give_up(f"its work was cut short {MAX_ATTEMPTS} times")
+        if not self.missed.comes_first(job.claim, message):
+            delivery.settle()
+            self.answer(chat, delivery)
+
+    def _chat(self, message: Message, conversation: str) -> Chat:
+        settings = self.settings
+        scope = CancelScope(settings.ai_timeout, str(numbers(message, 0)[1]))
+        shared = bool(message.group) and settings.group_memory == "group"
+        persona, language = settings.persona(message.robot), settings.bot_language
+        about = persona, language, self.texts, shared, settings.history_turns, scope
+        return Chat(message, conversation, self.store, *about)
+
+    def _reply_mode(self, message: Message) -> type[PlainReply]:
+        """Return how this client is shown answers."""
+        persona, settings = self.settings.persona(message.robot), self.settings
+        mode = persona.reply_mode or settings.reply_mode
+        return self.replies[mode]
