@@ -76,12 +76,16 @@ class EditedReply(GrowingReply):
         return answer["MsgSeq" if self.message.group else "MsgKey"]
 
     def update(self, text: str) -> None:
-        if self.grows():
-            parts = self._split(text)
-            if len(parts) == 1:
-                self._shown = parts[0]
-            with suppress(IMError):  # the next edit shows this text too
-                self._modify(self.element(parts[0], finished=False), ())
+        if not self.grows():
+            return
+        parts, before = self._split(text), self._shown
+        if len(parts) == 1:
+            self._shown = parts[0]  # also if no confirmation comes
+        try:
+            self._modify(self.element(parts[0], finished=False), ())
+        except IMError as error:  # the next edit shows this text too
+            if not error.retry:
+                self._shown = before
 
     def close(self, text: str, failed: bool = False) -> None:
         parts = self._split(text)
@@ -174,7 +178,8 @@ class StreamReply(GrowingReply):
         self._lock = threading.Lock()  # held while a chunk is on its way
         self._said = self.progress.said  # and confirmed by Tencent
         self._index = self.progress.index
-        self._pending: str | None = None  # sent, but not confirmed
+        self._pending = self.progress.pending  # sent, but not confirmed
+        self._taken_at = 0.0  # when Tencent last took a chunk, Unix seconds
 
     def open(self) -> None:
         super().open()
@@ -208,33 +213,43 @@ class StreamReply(GrowingReply):
                     self._complete(parts[0])
                 self._note_said()
         if not self.grows():  # what the stream does not show follows as messages
+            self._end("")
             parts = split((self._mention + text).removeprefix(self._said))
         self._send_parts(parts, failed)
 
     def close_with(self, element: Json) -> None:
-        with self._lock, suppress(IMError):
+        with self._lock:
             self.keep_alive_after = math.inf
-            if self.grows():
-                self._push("", last=True)
+            self._end("")
         super().close_with(element)
 
     def give_up(self, text: str) -> None:
         with self._lock:
             self.keep_alive_after = math.inf
-            if self.grows() and self._index and not self.progress.sent:
-                with self._or_plain():
-                    self._push(f"\n\n{text}", last=True, pauses=None)
-                    return
-        super().give_up(text)
+            if not self._end(f"\n\n{text}"):
+                super().give_up(text)
 
     def _split(self, text: str) -> list[str]:
         """Return what the stream shows, then the messages that follow it."""
         first, *rest = split(self._mention + text, self.limit)
         return [first, *(split("".join(rest), PART_BYTES) if rest else ())]
 
+    def _end(self, text: str) -> bool:
+        """Close the stream with a text, if this process may; return whether it has."""
+        if self.progress.key is None or not self._index or self.progress.sent:
+            return False
+        try:
+            self._push(text, last=True)
+        except IMError as error:
+            if error.retry:
+                raise
+            return False
+        return True
+
     def _note_said(self) -> None:
         """Save how far the stream is, so that a later try can close it."""
         self.progress.said, self.progress.index = self._said, self._index
+        self.progress.pending = self._pending
         self.save()
 
     def _add(self, text: str) -> None:
@@ -252,7 +267,7 @@ class StreamReply(GrowingReply):
         is better than never.
         """
         fits = text.startswith(self._said + (self._pending or ""))
-        last_tried = self.progress.unconfirmed or time.time()
+        taken_at = self.progress.unconfirmed or self._taken_at
         try:
             if self._pending is not None:
                 self._push(self._pending, pauses=None)
@@ -261,7 +276,7 @@ class StreamReply(GrowingReply):
             self._push(rest, last=True, pauses=None)
         except IMError as error:
             unconfirmed = error.may_have_arrived or self.progress.unconfirmed
-            fresh = 0 <= time.time() - last_tried < SILENCE
+            fresh = 0 <= time.time() - taken_at < SILENCE
             closed = not error.retry and error.code not in MEANING
             if not (closed and fresh and unconfirmed):
                 raise
@@ -292,4 +307,5 @@ class StreamReply(GrowingReply):
         kind = "group" if self.message.group else "c2c"
         answer = self.client.call(f"stream_msg/send_{kind}_stream_msg", body, pauses)
         self._said, self._pending = self._said + text, None
+        self._taken_at = time.time()
         return answer

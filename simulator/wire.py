@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from imbot.replies import LAST_PART
 from imbot.tencent import callback, rest
 
 from .messages import Json, name_of
 from .tencent import Tencent
 
 KEPT = 500  # callbacks and calls that are remembered
-PARTS = (*range(64), LAST_PART)  # of an answer
+PARTS = (*range(64), rest.SORRY)  # of an answer
 
 
 class Wire(Tencent):

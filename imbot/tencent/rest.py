@@ -22,6 +22,7 @@ from .callback import Json, Message
 
 CONNECT_TIMEOUT = 5  # seconds
 SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of that
+SORRY = -1  # the part that says that no answer comes
 NO_CALLBACKS = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
 
 
@@ -228,7 +229,7 @@ def numbers(message: Message, part: int) -> tuple[int, int]:
     sets the MsgSeq. https://www.tencentcloud.com/document/product/1047/33526
     """
     digest = hashlib.sha256(f"{message.id}\t{part}".encode()).digest()
-    return (message.seq + 1 + part) % 2**32, int.from_bytes(digest[:4])
+    return (message.seq + 1 + max(0, part)) % 2**32, int.from_bytes(digest[:4])
 
 
 def text_element(text: str) -> Json:
