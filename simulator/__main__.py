@@ -26,7 +26,7 @@ from .bot import ROOT, bot_settings, interrupt_on_signals, running
 from .botlog import warnings_told
 from .page import PACE
 from .relay import Relay
-from .standin import Simulator
+from .server import Simulator
 
 ROBOT, GROUP = "@RBT#001", "@TGS#demo"
 # What the demonstration's bot takes from the environment, besides AI_….

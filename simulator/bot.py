@@ -17,12 +17,13 @@ from typing import IO, Any
 
 import requests
 
-from .standin import Simulator
+from .server import Simulator
+from .standin import StandIn
 
 ROOT = Path(__file__).parent.parent  # where the Procfile is
 
 
-def bot_settings(simulator: Simulator) -> dict[str, str]:
+def bot_settings(simulator: StandIn) -> dict[str, str]:
     """Return the environment that makes a bot of this simulator's app."""
     return {
         "IM_SDKAPPID": str(simulator.sdkappid),
@@ -38,7 +39,7 @@ def bot_settings(simulator: Simulator) -> dict[str, str]:
 class BotProcess:
     """The bot as the Procfile starts it, talking to a simulator."""
 
-    def __init__(self, simulator: Simulator, folder: str, **settings: Any) -> None:
+    def __init__(self, simulator: StandIn, folder: str, **settings: Any) -> None:
         self.simulator, self.port = simulator, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = Path(folder, "bot.log")

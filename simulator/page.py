@@ -10,15 +10,12 @@ import re
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import requests
 
 from .ai import ai_error
 from .messages import Json, name_of, text_body
-
-if TYPE_CHECKING:
-    from .standin import Simulator
+from .standin import StandIn
 
 SHOWN = 500  # answers that the page shows
 PACE, SLOW = 0.04, 0.5  # seconds between two chunks of an AI that is watched
@@ -40,13 +37,13 @@ def read_page() -> tuple[bytes, dict[str, str]]:
     return page.encode(), headers
 
 
-def news(simulator: Simulator, seen: dict[str, Json]) -> list[Json]:
+def news(simulator: StandIn, seen: dict[str, Json]) -> list[Json]:
     """Return what is not seen yet, as soon as there is something, or after 10 s."""
     with simulator.changed:
         return simulator.changed.wait_for(lambda: _unseen(simulator, seen), 10) or []
 
 
-def _unseen(simulator: Simulator, seen: dict[str, Json]) -> list[Json]:
+def _unseen(simulator: StandIn, seen: dict[str, Json]) -> list[Json]:
     items = [_about(simulator), *simulator.warned, *simulator.calls_on_wire()]
     for event in simulator.said:
         name = name_of(event)
@@ -59,7 +56,7 @@ def _unseen(simulator: Simulator, seen: dict[str, Json]) -> list[Json]:
     return [item for item in items if seen.get(item["id"]) != item]
 
 
-def _about(simulator: Simulator) -> Json:
+def _about(simulator: StandIn) -> Json:
     settings = simulator.bot.env if simulator.bot else {}
     return {
         "id": "about",
@@ -76,7 +73,7 @@ def _about(simulator: Simulator) -> Json:
     }
 
 
-def act(simulator: Simulator, wish: Json) -> Json:
+def act(simulator: StandIn, wish: Json) -> Json:
     """Do what the page's user asked for."""
     with suppress(requests.RequestException):  # the page shows the failed call
         match wish:
@@ -111,7 +108,7 @@ def _reply_to(quote: Json) -> str:
     return json.dumps(reply, ensure_ascii=False)
 
 
-def _run_bot(simulator: Simulator, **settings: str) -> None:
+def _run_bot(simulator: StandIn, **settings: str) -> None:
     """Let our bot run, or be down: then Tencent cannot reach it."""
     bot, down = simulator.bot, bool(simulator.trouble["bot"])
     with _STARTING:
@@ -124,7 +121,7 @@ def _run_bot(simulator: Simulator, **settings: str) -> None:
         simulator.unreachable = down
 
 
-def _make_trouble(simulator: Simulator, ai: str, im: str) -> None:
+def _make_trouble(simulator: StandIn, ai: str, im: str) -> None:
     """Make the AI "slow" or "fail", IM "busy" or "refuse", or end that."""
     simulator.ai_delay, simulator.ai_pace = (3.0, SLOW) if ai == "slow" else (0.0, PACE)
     broken = (500, ai_error("api_error", "a failure that was asked for (1000)"))
