@@ -58,7 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, "text/html; charset=utf-8", *page.read_page())
         elif self.path == "/page":
             self._start(200, "text/event-stream", None)
-            self._tell(self.server.simulator)
+            with page.visit(self.server.simulator):
+                self._tell(self.server.simulator)
         else:
             self._answer(404, {"error": "404 page not found"})
 

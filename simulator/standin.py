@@ -47,6 +47,8 @@ class StandIn(Wire, AgentPlatforms):
         self.relay: Relay | None = None  # to the AI service, if it is a real one
         self.ai_name = ""  # what it is called
         self.trouble = {"ai": "", "im": "", "bot": ""}  # what the page's user asked for
+        self.visitors = 0  # pages that are open
+        self.nobody = False  # nobody answered at the bot's address when last called
         self._http = requests.Session()
 
     def say(self, user: str, robot: str, text: str, **fields: Any) -> Json:
@@ -100,13 +102,20 @@ class StandIn(Wire, AgentPlatforms):
         """Deliver a callback, once more if it was delivered before."""
         url = f"/im?{urlencode(self.signed(event) | query)}"
         with self.on_wire(note, url, event, of=name_of(event)) as call:
-            response = (http or self._http).post(
-                self.bot_url + url, json=event, timeout=10
-            )
+            response = self._post(http or self._http, self.bot_url + url, event)
             call |= {"status": response.status_code, "answer": response.text}
             with suppress(ValueError):
                 call["answer"] = response.json()
             return response
+
+    def _post(self, http: requests.Session, url: str, event: Json) -> requests.Response:
+        try:
+            response = http.post(url, json=event, timeout=10)
+        except requests.ConnectionError:
+            self.nobody = True
+            raise
+        self.nobody = False
+        return response
 
     def signed(self, event: Json) -> dict[str, str]:
         """Return the query of a callback, as Tencent signs it."""
