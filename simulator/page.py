@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import requests
@@ -24,8 +25,6 @@ PACE, SLOW = 0.04, 0.5  # seconds between two chunks of an AI that is watched
 _STARTING = threading.Lock()  # held while the bot is started or stopped
 UNSHOWN = {"body", "states", "elements", "index"}
 REPLY_MODES = ("whole", "card", "modify", "custom", "stream")
-WAIT = 2.0  # seconds after which a page is told that nothing is new
-GONE = 3.0  # seconds without a page, after which the trouble ends that one made
 NO_TROUBLE = {"ai": "", "im": "", "bot": ""}
 
 
@@ -56,7 +55,7 @@ def visit(simulator: StandIn) -> Iterator[None]:
         with simulator.changed:
             simulator.visitors -= 1
         if simulator.trouble != NO_TROUBLE and not simulator.visitors:
-            timer = threading.Timer(GONE, _end_trouble, (simulator,))
+            timer = threading.Timer(simulator.trouble_lasts, _end_trouble, (simulator,))
             timer.daemon = True
             timer.start()
 
@@ -70,7 +69,8 @@ def _end_trouble(simulator: StandIn) -> None:
 def news(simulator: StandIn, seen: dict[str, Json]) -> list[Json]:
     """Return what is not seen yet, as soon as there is something, or after a while."""
     with simulator.changed:
-        return simulator.changed.wait_for(lambda: _unseen(simulator, seen), WAIT) or []
+        unseen = partial(_unseen, simulator, seen)
+        return simulator.changed.wait_for(unseen, simulator.news_every) or []
 
 
 def _unseen(simulator: StandIn, seen: dict[str, Json]) -> list[Json]:

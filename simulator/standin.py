@@ -48,6 +48,8 @@ class StandIn(Wire, AgentPlatforms):
         self.ai_name = ""  # what it is called
         self.trouble = {"ai": "", "im": "", "bot": ""}  # what the page's user asked for
         self.visitors = 0  # pages that are open
+        self.news_every = 2.0  # seconds after which a page is told that nothing is new
+        self.trouble_lasts = 3.0  # seconds without a page, after which trouble ends
         self.nobody = False  # nobody answered at the bot's address when last called
         self._http = requests.Session()
 
