@@ -6,16 +6,17 @@ The tests and the benchmark use the same stand-in: real HTTP on loopback, signed
 callbacks, REST calls that are checked as strictly as Tencent documents them, its error
 codes and its de-duplication. Nothing deployed imports this package.
 
-Read messages.py, history.py, tencent.py, ai.py, platforms.py, and standin.py, which
-puts them together.
+Imports run one way, and so may you read: messages, kits, history, tencent, wire; ai,
+platforms; standin, which puts them together and has what users do; page, server (the
+Simulator), bot.
 """
 
 from .ai import actor, ai_error
 from .bot import BotProcess, free_port, interrupt_on_signals, lifeline, running
 from .messages import Delivered, Json, c2c_event, group_event, text_body
 from .page import PACE
+from .server import Simulator
 from .signature import Refused, check_user_sig
-from .standin import Simulator
 from .tencent import KEY
 
 __all__ = [

@@ -1,8 +1,11 @@
 """The demonstration: the stand-in and a bot, a conversation, and the chat page.
 
 python -m simulator                  start it with the bot, hold a conversation
-python -m simulator --say "Hello"    say this instead
+python -m simulator --say "Hello"    say this instead; without a terminal, then end
 python -m simulator --bot URL        drive a bot that runs elsewhere
+
+It serves until it is stopped. Without a terminal nobody can write there, only on the
+page. The bot gets the whole environment but for what the demonstration sets.
 """
 
 from __future__ import annotations
@@ -26,15 +29,10 @@ from .bot import ROOT, bot_settings, interrupt_on_signals, running
 from .botlog import warnings_told
 from .page import PACE
 from .relay import Relay
-from .standin import Simulator
+from .server import Simulator
 
 ROBOT, GROUP = "@RBT#001", "@TGS#demo"
-# What the demonstration's bot takes from the environment, besides AI_….
-SETTINGS = (
-    "REPLY_MODE BOT_LANGUAGE ROBOTS HISTORY_TURNS GROUP_MEMORY RATE_LIMIT CATCH_UP "
-    "MAX_WAITING MAX_BACKLOG ALLOW_USERS ALLOW_GROUPS RETENTION_DAYS WORKER_THREADS "
-    "LOG_LEVEL"
-).split()
+OURS = ("DATABASE_URL", "ALLOW_UNSIGNED", "PORT")  # and IM_…: the bot gets others
 TEXTS: dict[str, dict[str, Any]] = {
     "en": {
         "bot": "The bot, under gunicorn: {}, REPLY_MODE={}",
@@ -42,6 +40,8 @@ TEXTS: dict[str, dict[str, Any]] = {
         "real": "The AI: the real service {}; what you write is sent to it",
         "elsewhere": "The bot needs these settings (or an AI service of its own):\n",
         "page": "The chat page: open {} in a browser\n",
+        "nobody": "Nobody answers at {}: start the bot with the settings above.",
+        "cannot": "{} cannot be called ({})",
         "warning": "The bot warns: {}",
         "write": "Write to the robot; after /g to the group; Ctrl-D ends.",
         "no answer": "No answer came.",
@@ -56,6 +56,8 @@ TEXTS: dict[str, dict[str, Any]] = {
         "real": "AI：真正的服务 {}，你写的内容会发给它",
         "elsewhere": "机器人需要下面这些设置（AI 服务也可以用它自己的）：\n",
         "page": "聊天页面：请在浏览器中打开 {}\n",
+        "nobody": "{} 没有回应：请用上面的设置启动机器人。",
+        "cannot": "无法调用 {}（{}）",
         "warning": "机器人的警告：{}",
         "write": "请给机器人写消息；以 /g 开头就写到群里；按 Ctrl-D 结束。",
         "no answer": "没有等到回答。",
@@ -107,21 +109,28 @@ class Demonstration:
             try:
                 if line:
                     self.show("jared", line.removeprefix("/g "), group)
+            except requests.ConnectionError:
+                self.miss()
             except (TimeoutError, requests.RequestException):
                 print(self.texts["no answer"])
 
+    def miss(self) -> None:
+        """Say that nobody answers where the bot should be."""
+        self.simulator.nobody = True
+        print(self.texts["nobody"].format(self.simulator.bot_url), flush=True)
+
     def warn(self, text: str, of: str) -> None:
         """Print a warning of the bot's, and show it on the page."""
-        print(self.texts["warning"].format(text), flush=True)
+        print(self.texts["warning"].format(self.simulator.hide(text)), flush=True)
         self.simulator.warn(text, of)
 
 
 def demo_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings that the bot takes from the environment, and ours."""
+    """Return what the bot gets: the environment but for what we set, and defaults."""
     chinese = environment.get("LANG", "").startswith("zh")
     settings = {"REPLY_MODE": "custom", "BOT_LANGUAGE": "zh" if chinese else "en"}
     for name, value in environment.items():
-        if value and (name in SETTINGS or name.startswith("AI_")):
+        if value and name not in OURS and not name.startswith("IM_"):
             settings[name] = value
     other = "openai-compatible" if "AI_BASE_URL" in settings else "minimax"
     settings.setdefault("AI_PROVIDER", other)
@@ -147,6 +156,11 @@ def real_service(settings: dict[str, str]) -> tuple[Relay, str] | None:
     return Relay(url), f"{url} ({', '.join(filter(None, (name, model)))})"
 
 
+def ai_settings(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that win over those of the stand-in for the AI."""
+    return {name: text for name, text in settings.items() if name.startswith("AI_")}
+
+
 @contextmanager
 def elsewhere(url: str, port: int, texts: Mapping[str, Any]) -> Iterator[Demonstration]:
     """Show a bot that runs elsewhere."""
@@ -155,7 +169,12 @@ def elsewhere(url: str, port: int, texts: Mapping[str, Any]) -> Iterator[Demonst
         print(texts["elsewhere"])
         for name, value in bot_settings(simulator).items():
             print(f"export {name}={value}")
-        yield Demonstration(simulator, texts)
+        shown = Demonstration(simulator, texts)
+        try:
+            requests.get(simulator.bot_url, timeout=5)
+        except requests.ConnectionError:
+            shown.miss()
+        yield shown
 
 
 @contextmanager
@@ -164,7 +183,7 @@ def here(
 ) -> Iterator[Demonstration]:
     """Run a bot and show it."""
     real = real_service(settings)
-    with running(port, **settings) as (simulator, bot):
+    with running(port, settings, **ai_settings(settings)) as (simulator, bot):
         shown = Demonstration(simulator, texts)
         if real:
             simulator.relay, simulator.ai_name = real
@@ -185,7 +204,7 @@ def main() -> None:
     )
     parser.add_argument("--say", action="append", default=[], metavar="TEXT")
     parser.add_argument("--bot", default="", metavar="URL", help="of a bot elsewhere")
-    parser.add_argument("--port", type=int, help="serve here, and stay till Ctrl-C")
+    parser.add_argument("--port", type=int, help="of the chat page")
     options = parser.parse_args()
     if options.port not in (None, *range(1, 65536)):
         parser.error("--port must be a number from 1 to 65535")
@@ -204,12 +223,12 @@ def main() -> None:
             shown.simulator.ai_pace = PACE
             if sys.stdin.isatty():
                 shown.type_on()
-            elif bot or options.port:
+            elif bot or options.port or not options.say:
                 threading.Event().wait()
     except TimeoutError:
         sys.exit(texts["no answer"])
     except requests.RequestException as error:  # its text may hold a signature
-        sys.exit(f"{bot} cannot be called ({type(error).__name__})")
+        sys.exit(texts["cannot"].format(bot or "the bot", type(error).__name__))
     except OSError as error:
         sys.exit(f"Port {options.port} cannot be served: {error.strerror}")
     except RuntimeError as error:  # the bot did not start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,18 @@ class AIService:
         self.break_after = 0  # chunks, after which an answer breaks off
         self.ai_answer: Callable[[list[Json]], str] = parrot
         self.ai_fault: Callable[[Json], tuple[int, Json] | None] = lambda body: None
+        self._trailing: deque[str] = deque(maxlen=100)  # answers that end in "…"
+
+    def reply_to(self, messages: list[Json]) -> str:
+        """Return what the AI answers."""
+        text = self.ai_answer(messages)
+        if text.rstrip().endswith("…"):
+            self._trailing.append(text.strip())
+        return text
+
+    def is_whole(self, text: str) -> bool:
+        """Return whether a text that ends in "…" is an answer, not one that grows."""
+        return any(map(text.endswith, self._trailing))
 
     def complete(self, headers: Any, body: bytes) -> tuple[int, Json]:
         """Return the status and either an error or {"text": the answer}."""
@@ -74,7 +87,7 @@ class AIService:
         time.sleep(self.ai_delay)
         if broken := self.ai_fault(asked):
             return broken
-        text = self.ai_answer(messages)
+        text = self.reply_to(messages)
         if asked.get("thinking", {}).get("type") != "disabled":
             text = f"<think>\nI repeat it.\n</think>\n\n{text}"
         return 200, {"text": text}

@@ -10,19 +10,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import requests
 
-from .standin import Simulator
+from .server import Simulator
+from .standin import StandIn
 
 ROOT = Path(__file__).parent.parent  # where the Procfile is
 
 
-def bot_settings(simulator: Simulator) -> dict[str, str]:
+def bot_settings(simulator: StandIn) -> dict[str, str]:
     """Return the environment that makes a bot of this simulator's app."""
     return {
         "IM_SDKAPPID": str(simulator.sdkappid),
@@ -36,14 +37,25 @@ def bot_settings(simulator: Simulator) -> dict[str, str]:
 
 
 class BotProcess:
-    """The bot as the Procfile starts it, talking to a simulator."""
+    """The bot as the Procfile starts it, talking to a simulator.
 
-    def __init__(self, simulator: Simulator, folder: str, **settings: Any) -> None:
+    Of the environment it gets all that is given, else only what programs need.
+    """
+
+    def __init__(
+        self,
+        simulator: StandIn,
+        folder: str,
+        environment: Mapping[str, str] | None = None,
+        /,
+        **settings: Any,
+    ) -> None:
         self.simulator, self.port = simulator, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = Path(folder, "bot.log")
         names = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
-        self.env = {name: os.environ[name] for name in names if name in os.environ}
+        needed = {name: os.environ[name] for name in names if name in os.environ}
+        self.env = dict(needed if environment is None else environment)
         self.env["PATH"] = f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}"
         self.env |= bot_settings(simulator)
         self.env["DATABASE_URL"] = f"sqlite:///{folder}/bot.db"
@@ -131,10 +143,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(port: int = 0, **settings: Any) -> Iterator[tuple[Simulator, BotProcess]]:
+def running(
+    port: int = 0, environment: Mapping[str, str] | None = None, /, **settings: Any
+) -> Iterator[tuple[Simulator, BotProcess]]:
     """Run a simulator and a bot that belong together."""
     with Simulator(port=port) as simulator, tempfile.TemporaryDirectory() as folder:
-        simulator.bot = bot = BotProcess(simulator, folder, **settings)
+        simulator.bot = bot = BotProcess(simulator, folder, environment, **settings)
         try:
             yield simulator, bot.start()
         finally:

@@ -39,6 +39,14 @@ LOOKUPS: dict[str, tuple[Json, Json]] = {
     ),
 }
 
+# What the documentation called some fields before.
+OLD_NAMES = {
+    "openim/admin_getroammsg": {
+        "From_Account": "Operator_Account",
+        "To_Account": "Peer_Account",
+    }
+}
+
 Place = tuple[str, str]  # (robot, user), or (group, "")
 
 
@@ -64,19 +72,22 @@ class Kept:
 class History:
     """The messages of all conversations: those of users, and those of robots.
 
-    Commands in `refused` are refused, as if the app may not use them. `lookups` counts
-    the calls by command, `looked_up` those for a first page by (robot, user),
-    (group, ""), or (robot, "") for the list of its conversations.
+    Commands in `refused` are refused, as if the app may not use them. A `history_fault`
+    breaks them all: an error code, or "hang" for no answer as long as it is set.
+    `lookups` counts the calls by command, `looked_up` those for a first page by (robot,
+    user), (group, ""), or (robot, "") for the list of its conversations.
     """
 
     robots: dict[str, str]
     users: set[str]
     groups: dict[str, set[str]]
     changed: threading.Condition
+    closing: bool
 
     def __init__(self) -> None:
         self.remembers = True
         self.refused: set[str] = set()
+        self.history_fault: int | str = ""
         self.lookups: Counter[str] = Counter()
         self.looked_up: Counter[Place] = Counter()
         self.conversations_page = 30  # at most in one answer
@@ -145,10 +156,21 @@ class History:
             self.looked_up[self._asked_for(body)] += 1
         if command in self.refused:
             raise Refused(10004, "this app may not use it")
+        if isinstance(self.history_fault, int):
+            raise Refused(self.history_fault, "a fault that was asked for")
         calls = self._last.setdefault(command, deque(maxlen=RATE + 1))
         calls.append(now := time.monotonic())
         if len(calls) > RATE and now < calls[0] + 1:
             raise Refused(60007, f"more than {RATE} calls a second")
+
+    def hangs(self, command: str) -> bool:
+        """Return whether a call gets no answer; if so, when that has ended."""
+        if command not in LOOKUPS or self.history_fault != "hang":
+            return False
+        while self.history_fault == "hang" and not self.closing:
+            with self.changed:
+                self.changed.wait(0.1)
+        return True
 
     def _asked_for(self, body: Json) -> Place:
         if "GroupId" in body:

@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,58 @@ def name_of(event: Json) -> str:
     return f"{event['MsgSeq']} {event.get('MsgRandom', event.get('Random'))}"
 
 
+def chatbot_data(element: Json) -> Json | None:
+    """Return what an element says if it is a chatbot's, as TUIKit knows it."""
+    if element.get("MsgType") != "TIMCustomElem":
+        return None
+    with suppress(ValueError, TypeError, RecursionError):
+        data = json.loads(element["MsgContent"]["Data"])
+        return data if isinstance(data, dict) and "chatbotPlugin" in data else None
+    return None
+
+
+def chatbot_text(data: Json) -> str:
+    """Return the text of a chatbot element."""
+    if data.get("src") == 23:
+        return str(data.get("errorInfo", ""))
+    return "".join(map(str, data.get("chunks") or ()))
+
+
+def is_finished(data: Json) -> bool:
+    """Return whether all kits take a chatbot element for finished.
+
+    Without `isFinished` Android does and iOS does not; iOS does for every error.
+    """
+    if "isFinished" not in data:
+        return data.get("src") == 23
+    return type(data["isFinished"]) is int and data["isFinished"] == 1
+
+
+def drawn(element: Json) -> str:
+    """Return an element as text: what is no text, as a block of code."""
+    kind, content = element["MsgType"], element["MsgContent"]
+    if kind == "TIMTextElem":
+        return str(content["Text"])
+    if data := chatbot_data(element):
+        return chatbot_text(data)
+    if kind in ("TIMStreamElem", "TIMImageElem"):
+        return ""
+    code: Any = content
+    if kind == "TIMCustomElem":
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            code = json.loads(content["Data"])
+    shown = json.dumps(code, ensure_ascii=False, indent=2)
+    return f"{kind}\n```\n{shown}\n```"
+
+
+def picture(element: Json) -> str:
+    """Return the address of an element's picture, "" if it has none."""
+    if element["MsgType"] != "TIMImageElem":
+        return ""
+    sizes = element["MsgContent"].get("ImageInfoArray") or [{}]
+    return str(sizes[0].get("URL", ""))
+
+
 @dataclass
 class Delivered:
     """A message that a robot sent, as a user sees it now."""
@@ -75,12 +128,20 @@ class Delivered:
     body: Json = field(repr=False)
     key: Any = None  # MsgKey, MsgSeq or StreamMsgID, by which it can be changed
     text: str = ""
+    pictures: list[str] = field(default_factory=list)  # their addresses
     closed: bool = True  # no more of it is to come
     failed: bool = False  # it shows an error
     states: list[str] = field(default_factory=list, repr=False)  # every text shown
+    elements: list[Json] = field(default_factory=list, repr=False)  # as they are now
     index: int = 0  # of a stream's last chunk
     born: float = field(default_factory=time.time)
+    said: float = 0.0  # when it first said something
     time: float = field(default_factory=time.time)  # of the last change
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What clients sort a chat by: MsgTime in seconds, then MsgSeq."""
+        return int(self.born), self.number
 
     def is_stream(self) -> bool:
         """Return whether it is a streaming message."""
@@ -91,18 +152,17 @@ class Delivered:
         self.text, self.closed, self.failed = text, closed, failed
         self.states.append(text)
         self.time = time.time()
+        if not self.said and text.strip("…"):
+            self.said = self.time
 
-    def draw(self, elements: list[Json]) -> None:
-        """Change what the user sees to what the elements say."""
-        texts, closed, failed = [], True, False
-        for element in elements:
-            content = element["MsgContent"]
-            if element["MsgType"] == "TIMTextElem":
-                texts.append(content["Text"])
-                closed = not content["Text"].endswith("…")
-            elif element["MsgType"] == "TIMCustomElem":
-                data = json.loads(content["Data"])
-                failed = data["src"] == 23
-                texts += [data["errorInfo"]] if failed else data["chunks"]
-                closed = bool(data["isFinished"])
-        self.show("".join(texts), closed, failed)
+    def draw(self, elements: list[Json], is_growing: bool) -> None:
+        """Change what the user sees to what the elements say.
+
+        A chatbot element says itself whether it grows; of others the caller knows.
+        """
+        self.elements = elements
+        cards = [card for element in elements if (card := chatbot_data(element))]
+        closed = all(map(is_finished, cards)) and not is_growing
+        failed = any(card.get("src") == 23 for card in cards)
+        self.pictures = [*filter(None, map(picture, elements))]
+        self.show("".join(map(drawn, elements)), closed, failed)

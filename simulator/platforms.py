@@ -118,7 +118,7 @@ class AgentPlatforms(AIService):
 
     def _answer_in(self, conversation: Conversation, text: str) -> str:
         conversation.messages.append({"role": "user", "content": text})
-        answer = self.ai_answer(conversation.messages)
+        answer = self.reply_to(conversation.messages)
         conversation.messages.append({"role": "assistant", "content": answer})
         return answer
 

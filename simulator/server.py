@@ -1,15 +1,16 @@
-"""The HTTP server: Tencent's REST API, the AI service and the chat page on one port."""
+"""The simulator: Tencent's REST API, the AI services and the chat page on one port."""
 
 from __future__ import annotations
 
 import json
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from . import page
@@ -17,9 +18,8 @@ from .ai import DONE, sse, whole
 from .messages import Json
 from .platforms import Service
 from .relay import Relay, Unreachable, passed_on
-
-if TYPE_CHECKING:
-    from .standin import Simulator
+from .standin import StandIn
+from .tencent import KEY
 
 CHUNKED = {"Transfer-Encoding": "chunked"}
 LONGEST_TEXT = 5000  # characters
@@ -36,7 +36,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, simulator: Simulator, port: int) -> None:
+    def __init__(self, simulator: StandIn, port: int) -> None:
         self.simulator = simulator
         super().__init__(("127.0.0.1", port), _Handler)
 
@@ -58,11 +58,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, "text/html; charset=utf-8", *page.read_page())
         elif self.path == "/page":
             self._start(200, "text/event-stream", None)
-            self._tell(self.server.simulator)
+            with page.visit(self.server.simulator):
+                self._tell(self.server.simulator)
         else:
             self._answer(404, {"error": "404 page not found"})
 
-    def _tell(self, simulator: Simulator) -> None:
+    def _tell(self, simulator: StandIn) -> None:
         """Tell the page what is new; if nothing is, see whether it is still there."""
         seen: dict[str, Json] = {}
         while not simulator.closing:
@@ -103,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         return ours and self.headers.get("Origin", f"http://{host}") == f"http://{host}"
 
     def _im(
-        self, simulator: Simulator, command: str, query: dict[str, str], body: bytes
+        self, simulator: StandIn, command: str, query: dict[str, str], body: bytes
     ) -> None:
         with simulator.on_wire("IM", self.path, decoded(body)) as call:
             answer = simulator.rest(command, query, body)
@@ -111,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(simulator.im_delay)
             self._answer(200, answer)
 
-    def _ai(self, simulator: Simulator, body: bytes) -> None:
+    def _ai(self, simulator: StandIn, body: bytes) -> None:
         asked, trace = decoded(body), self.headers.get("X-Client-Request-Id", "")
         with simulator.on_wire("AI", self.path, asked, trace=trace) as call:
             status, answer = simulator.complete(self.headers, body)
@@ -123,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._answer_whole(simulator, answer["text"])
 
-    def _platform(self, simulator: Simulator, service: Service, body: bytes) -> None:
+    def _platform(self, simulator: StandIn, service: Service, body: bytes) -> None:
         asked, trace = json.loads(body), self.headers.get("X-Client-Request-Id", "")
         with simulator.on_wire("AI", self.path, asked, trace=trace) as call:
             status, answer = service(self.headers, asked)
@@ -134,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._stream(simulator, answer)
 
-    def _relay(self, simulator: Simulator, relay: Relay, body: bytes) -> None:
+    def _relay(self, simulator: StandIn, relay: Relay, body: bytes) -> None:
         path, asked = self.path.removeprefix("/v1"), decoded(body)
         url, trace = relay.url + path, self.headers.get("X-Client-Request-Id", "")
         with simulator.on_wire("AI", url, asked, trace=trace) as call:
@@ -171,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _chunk(self, piece: bytes) -> None:
         self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
-    def _stream(self, simulator: Simulator, pieces: Iterator[bytes]) -> None:
+    def _stream(self, simulator: StandIn, pieces: Iterator[bytes]) -> None:
         self._start(200, "text/event-stream", CHUNKED)
         try:
             for piece in pieces:
@@ -182,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             simulator.ai_ended += 1
 
-    def _answer_whole(self, simulator: Simulator, text: str) -> None:
+    def _answer_whole(self, simulator: StandIn, text: str) -> None:
         data, complete = json.dumps(whole(text)).encode(), False
         try:
             for piece in simulator.stream(text):
@@ -230,3 +231,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+class Simulator(StandIn):
+    """Tencent IM and AI services on a port of 127.0.0.1; a `with` serves them."""
+
+    def __init__(
+        self, sdkappid: int = 1400000000, key: str = KEY, port: int = 0
+    ) -> None:
+        super().__init__(sdkappid, key)
+        self._server = Server(self, port)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Simulator:
+        serve = self._server.serve_forever
+        threading.Thread(target=serve, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
+        self._server.shutdown()
+        self._server.server_close()
+        self._http.close()

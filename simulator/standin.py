@@ -1,12 +1,11 @@
-"""The stand-in as a whole: Tencent IM, AI services, and what users do."""
+"""The stand-in but for its port: Tencent IM, AI services, and what users do."""
 
 from __future__ import annotations
 
 import json
-import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import requests
@@ -16,50 +15,43 @@ from usersig import sign_callback
 from .messages import Delivered, Json, c2c_event, group_event, name_of
 from .platforms import AgentPlatforms
 from .relay import Relay
-from .server import Server
-from .tencent import KEY
 from .wire import Wire
 
-if TYPE_CHECKING:
-    from .bot import BotProcess
+
+class Process(Protocol):
+    """A bot that is ours to start and to stop."""
+
+    env: dict[str, str]
+
+    def alive(self) -> bool: ...
+    def start(self) -> Any: ...
+    def stop(self) -> int: ...
 
 
-class Simulator(Wire, AgentPlatforms):
-    """Tencent IM and an AI service on a port of 127.0.0.1; a `with` serves it.
+class StandIn(Wire, AgentPlatforms):
+    """Tencent IM and AI services; server.Simulator serves them.
 
     Callbacks go to the bot at `bot_url`. With none, or while the bot is `unreachable`,
     users' messages are only kept in Tencent's history and returned.
     """
 
-    def __init__(
-        self, sdkappid: int = 1400000000, key: str = KEY, port: int = 0
-    ) -> None:
+    url: str  # of the server
+
+    def __init__(self, sdkappid: int, key: str) -> None:
         Wire.__init__(self, sdkappid, key)
         AgentPlatforms.__init__(self)
         self.token, self.secret = "stand-in-token", self.ai_key
         self.bot_url = ""
         self.unreachable = False  # Tencent cannot reach the bot: callbacks are lost
-        self.bot: BotProcess | None = None  # if it is ours
+        self.bot: Process | None = None
         self.relay: Relay | None = None  # to the AI service, if it is a real one
         self.ai_name = ""  # what it is called
         self.trouble = {"ai": "", "im": "", "bot": ""}  # what the page's user asked for
-        self.closing = False
+        self.visitors = 0  # pages that are open
+        self.news_every = 2.0  # seconds after which a page is told that nothing is new
+        self.trouble_lasts = 3.0  # seconds without a page, after which trouble ends
+        self.nobody = False  # nobody answered at the bot's address when last called
         self._http = requests.Session()
-        self._server = Server(self, port)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Simulator:
-        serve = self._server.serve_forever
-        threading.Thread(target=serve, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self.changed:
-            self.closing = True
-            self.changed.notify_all()
-        self._server.shutdown()
-        self._server.server_close()
-        self._http.close()
 
     def say(self, user: str, robot: str, text: str, **fields: Any) -> Json:
         """Write to a robot; return the callback's JSON."""
@@ -94,6 +86,7 @@ class Simulator(Wire, AgentPlatforms):
         with self.changed:
             self.said.append(event)
             self.remember_event(event)
+            self.show_sent(event)
             self.changed.notify_all()
         for_robots = event.get("AtRobots_Account", True)
         if not self.bot_url or self.unreachable or not for_robots:
@@ -111,13 +104,20 @@ class Simulator(Wire, AgentPlatforms):
         """Deliver a callback, once more if it was delivered before."""
         url = f"/im?{urlencode(self.signed(event) | query)}"
         with self.on_wire(note, url, event, of=name_of(event)) as call:
-            response = (http or self._http).post(
-                self.bot_url + url, json=event, timeout=10
-            )
+            response = self._post(http or self._http, self.bot_url + url, event)
             call |= {"status": response.status_code, "answer": response.text}
             with suppress(ValueError):
                 call["answer"] = response.json()
             return response
+
+    def _post(self, http: requests.Session, url: str, event: Json) -> requests.Response:
+        try:
+            response = http.post(url, json=event, timeout=10)
+        except requests.ConnectionError:
+            self.nobody = True
+            raise
+        self.nobody = False
+        return response
 
     def signed(self, event: Json) -> dict[str, str]:
         """Return the query of a callback, as Tencent signs it."""

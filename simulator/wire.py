@@ -45,8 +45,8 @@ class Wire(Tencent):
         """
         began = time.time()
         line = "POST " + re.sub("(Sign|usersig)=[^&]*", r"\1=•••", url)
-        call: Json = {"kind": kind, "time": began * 1000, "line": self._hide(line)}
-        call |= {"of": of, "trace": trace, "body": self._hide(body)}
+        call: Json = {"kind": kind, "time": began * 1000, "line": self.hide(line)}
+        call |= {"of": of, "trace": trace, "body": self.hide(body)}
         call |= {"status": 0, "answer": None, "ms": None, "left": False}
         with self.changed:
             self._recorded += 1
@@ -62,26 +62,28 @@ class Wire(Tencent):
             raise
         finally:
             with self.changed:
-                call["answer"] = self._hide(call["answer"])
+                call["answer"] = self.hide(call["answer"])
                 call["ms"] = (time.time() - began) * 1000
                 self.changed.notify_all()
 
     def warn(self, text: str, of: str) -> None:
         """Show a warning of the bot's, about a question if it is `of` one."""
         failed = re.match("message .* failed: ", text) is not None
+        text = self.hide(text)
         with self.changed:
             self._recorded += 1
             told = {"id": f"warning {self._recorded}", "time": time.time() * 1000}
             self.warned.append(told | {"warning": text, "of": of, "failed": failed})
             self.changed.notify_all()
 
-    def _hide(self, value: Any) -> Any:
+    def hide(self, value: Any) -> Any:
+        """Return a value, such as JSON, without the AI's key."""
         if isinstance(value, str) and self.secret:
             return value.replace(self.secret, "•••")
         if isinstance(value, list):
-            return [self._hide(item) for item in value]
+            return [self.hide(item) for item in value]
         if isinstance(value, dict):
-            return {name: self._hide(item) for name, item in value.items()}
+            return {name: self.hide(item) for name, item in value.items()}
         return value
 
     def calls_on_wire(self) -> list[Json]:

@@ -15,30 +15,42 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import strategies as st
 
-from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer
+from benchmark import databases
+from benchmark.databases import NotInstalled, PgBouncer, PostgresServer
 from imbot.ai import provider
-from test_botserver import APPID, STORY, Caller, idle, im, make_app, poll, said_to, sim  # noqa: F401
+from simulator.fixtures import (
+    APPID,
+    FAST,
+    STORY,
+    TOKEN,
+    Caller,
+    idle,
+    im,
+    in_threads,
+    make_app,
+    poll,
+    said_to,
+    sim,
+)
+
+__all__ = [
+    "APPID",
+    "FAST",
+    "STORY",
+    "TOKEN",
+    "Caller",
+    "idle",
+    "im",
+    "in_threads",
+    "make_app",
+    "poll",
+    "said_to",
+    "sim",
+]
 
 HERE = Path(__file__).parent.parent  # the root of the project
 # If the shell that began this ignores Ctrl-C, the programs that tests start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def in_threads(count, work):
-    """Run work(number) in threads that begin at the same moment; return the results."""
-    results, barrier = {}, threading.Barrier(count)
-
-    def run(number):
-        barrier.wait()
-        results[number] = work(number)
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == count, "a thread failed"
-    return [results[number] for number in range(count)]
 
 
 def lack(what):
@@ -62,7 +74,7 @@ def started(database, *about):
 @pytest.fixture(scope="session")
 def shared_postgres():
     """A server that tests share, so none may stop it."""
-    with started(lambda: PostgresServer(**FAST)) as server:
+    with started(lambda: PostgresServer(**databases.FAST)) as server:
         yield server
 
 

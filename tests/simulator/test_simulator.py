@@ -1,36 +1,27 @@
-"""The simulator: how strict it is, and its demonstration."""
+"""The simulator: how strict it is."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import signal
-import subprocess
-import sys
 import time
+from functools import partial
 
 import pytest
 import requests
-from conftest import APPID, HERE, poll
+from conftest import APPID, FAST, poll
 
-from botserver import Settings
 from imbot.tencent import callback, rest
-from simulator import (
-    KEY,
-    BotProcess,
-    Refused,
-    check_user_sig,
-    free_port,
-    lifeline,
-    text_body,
-)
-from simulator.__main__ import SETTINGS
+from simulator import KEY, Refused, check_user_sig, free_port, text_body
 from simulator.history import LOOKUPS
 from usersig import gen_user_sig
 
 
+def client_of(sim, sdkappid=APPID, key=KEY, admin="administrator"):
+    sign = partial(gen_user_sig, sdkappid, key)
+    return rest.Client(sim.url, sdkappid, admin, sign, timing=FAST)
+
+
 def test_the_stand_in_checks_what_it_is_sent(sim):
-    client = rest.Client(sim.url, APPID, KEY, "administrator")
+    client = client_of(sim)
     for body, code in [
         ({"To_Account": "jared", "MsgBody": text_body("x")}, 10004),
         ({"To_Account": "jared", "MsgRandom": "1", "MsgBody": text_body("x")}, 10004),
@@ -51,16 +42,12 @@ def test_the_stand_in_checks_what_it_is_sent(sim):
         ((APPID, KEY, "jared"), 60010),
     ]:
         with pytest.raises(rest.IMError) as caught:
-            client = rest.Client(sim.url, *identity)
+            client = client_of(sim, *identity)
             client.call("openim_robot_http_svc/create_robot", {"UserID": "@RBT#x"})
         assert caught.value.code == code
 
 
 LIST, ROAM, GROUP = LOOKUPS  # the calls that list conversations and messages
-
-
-def client_of(sim):
-    return rest.Client(sim.url, APPID, KEY, "administrator")
 
 
 def listing(robot, **more):
@@ -205,7 +192,7 @@ def test_an_app_may_be_refused_a_look_up_and_ask_too_often(sim, monkeypatch):
     monkeypatch.setattr("simulator.history.RATE", 2)
     client.call(LIST, body), client.call(LIST, body)
     with pytest.raises(rest.IMError, match="60007"):
-        client.call(LIST, body, waits=())
+        client.call(LIST, body, pauses=())
     sim.refused.add(ROAM)
     with pytest.raises(rest.IMError, match="10004"):
         client.call(ROAM, roam("@RBT#001", "jared"))
@@ -279,96 +266,3 @@ def test_an_answer_in_one_piece_takes_as_long_as_a_stream_and_breaks_off_too(sim
     with pytest.raises(requests.ReadTimeout):
         requests.post(url, **call, timeout=0.1)  # and that is noticed
     poll(lambda: sim.ai_ended == 3, timeout=1)
-
-
-def test_the_demonstrations_bot_takes_every_setting_but_the_stand_ins():
-    names = {item.name.upper() for item in dataclasses.fields(Settings)}
-    names = {name for name in names if not name.startswith(("AI_", "IM_"))}
-    assert set(SETTINGS) == names - {"ALLOW_UNSIGNED", "DATABASE_URL"}
-
-
-def news(url):
-    """Yield what the stand-in tells the page."""
-    with requests.get(f"{url}/page", stream=True, timeout=30) as stream:
-        for line in stream.iter_lines(chunk_size=1):
-            if line:
-                yield from json.loads(line.removeprefix(b"data: "))
-
-
-@pytest.fixture
-def demonstration():
-    """Return a function that starts the demonstration; it returns when there is a page
-    with the process, and what that printed."""
-    started = {}
-
-    def start(*arguments):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "simulator", *arguments],
-            cwd=HERE,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started[process], printed = lifeline(process), []
-        for line in process.stdout:
-            printed.append(line)
-            if "The chat page" in line:
-                break
-        return process, "".join(printed)
-
-    yield start
-    for process, line in started.items():
-        line.close()
-        process.communicate()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_demonstration_and_its_bot(demonstration, number):
-    process, printed = demonstration("--port", str(free_port()))
-    bot = printed.split("gunicorn: ")[1].split(",")[0]
-    assert requests.get(f"{bot}/healthz").ok
-    process.send_signal(number)
-    _, complaints = process.communicate(timeout=40)
-    assert (process.returncode, complaints) == (0, "")
-    with pytest.raises(requests.ConnectionError):
-        requests.get(f"{bot}/healthz")
-
-
-def test_a_demonstration_that_is_killed_leaves_no_bot_behind(demonstration):
-    process, printed = demonstration("--port", str(free_port()))
-    bot = printed.split("gunicorn: ")[1].split(",")[0]
-
-    def serves():
-        try:
-            return requests.get(f"{bot}/healthz", timeout=5).ok
-        except requests.RequestException:
-            return False
-
-    assert serves()
-    process.kill()
-    poll(lambda: not serves(), 5)
-
-
-def test_a_bot_elsewhere_is_driven_with_the_settings_that_are_printed(
-    sim, demonstration, tmp_path
-):
-    bot, port = BotProcess(sim, str(tmp_path)), str(free_port())
-    process, printed = demonstration("--bot", f"{bot.url}/im", "--port", port)
-    lines = [line for line in printed.splitlines() if line.startswith("export ")]
-    bot.env |= dict(line.removeprefix("export ").split("=", 1) for line in lines)
-    page = f"http://127.0.0.1:{port}"
-    try:
-        bot.start()
-        wish = {"say": "hello", "as": "lin", "to": "@RBT#002", "robots": []}
-        assert requests.post(f"{page}/page", json=wish).ok
-        for item in news(page):
-            if item.get("robot") and item["closed"]:
-                break
-        assert item["text"].startswith("You said: hello")
-    finally:
-        bot.stop()
-        process.terminate()
-        process.communicate(timeout=20)
-    assert process.returncode == 0

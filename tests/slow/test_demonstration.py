@@ -1,9 +1,10 @@
-"""The demonstration: what it prints, in both languages, and a real AI service."""
+"""The demonstration: what it prints, in both languages, a real AI, a bot elsewhere."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,27 +12,49 @@ import pytest
 import requests
 from conftest import HERE, poll, sse
 
-from simulator import PACE, Simulator, actor, running
-from simulator.botlog import warnings_told
+from simulator import (
+    PACE,
+    BotProcess,
+    Simulator,
+    actor,
+    free_port,
+    lifeline,
+    running,
+)
 from simulator.relay import Relay
 
+pytestmark = pytest.mark.slow
 KEY = "sk-a-key-of-a-real-service"
 
 
-def demonstrate(*arguments, **settings):
-    """Run the demonstration to its end; return what it printed."""
+def start(*arguments, **settings):
+    """Start the demonstration without a terminal."""
     env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "simulator", *arguments],
         cwd=HERE,
         env=env | settings,
-        capture_output=True,
-        text=True,
-        timeout=60,
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+
+
+def demonstrate(*arguments, until="", **settings):
+    """Run the demonstration to its end, or until it prints something; return all that
+    it printed."""
+    process, printed = start(*arguments, **settings), []
+    with lifeline(process):
+        for line in process.stdout if until else ():
+            printed.append(line)
+            if until in line:
+                process.terminate()
+                break
+        rest, complaints = process.communicate(timeout=60)
+    assert (process.returncode, complaints) == (0, "")
+    return "".join(printed) + rest
 
 
 def sample(readme):
@@ -49,8 +72,9 @@ def sample(readme):
     ],
 )
 def test_the_demonstration_prints_the_sample_of_the_readme(readme, settings):
-    printed = [line.split("   (")[0] for line in demonstrate(**settings).splitlines()]
     shown = sample(HERE.joinpath(readme).read_text("utf-8"))
+    printed = demonstrate(until=shown[-1], **settings).splitlines()
+    printed = [line.split("   (")[0] for line in printed]
     assert [line for line in printed if line in shown] == shown
     assert len(shown) == 6
 
@@ -171,28 +195,86 @@ def test_a_real_answer_that_breaks_off_breaks_off_for_the_bot(relayed, ai_socket
     assert "gave no answer" in ai_calls(relayed)[0]["answer"]
 
 
-def test_the_bots_warnings_are_told_with_their_questions(tmp_path):
-    log, told = tmp_path / "bot.log", []
-    log.write_text("")
-    id, other = (f"@RBT#001 {chat} 17 4 1764000000" for chat in ("jared @TGS#a", "lin"))
-    lines = [
-        f"2025-11-24 22:27:01,123 INFO botserver {id}: answered, ai 1 ms",
-        f"2025-11-24 22:27:01,123 WARNING botserver no answer for {id}: HTTP 401",
-        "[2025-11-24 22:27:01 +0000] [13] [CRITICAL] WORKER TIMEOUT (pid:14)",
-        f"2025-11-24 22:27:01,123 ERROR store message {other} failed: 80001",
-    ]
-    with warnings_told(log, lambda *told_of: told.append(told_of)):
-        with log.open("a") as file:
-            for line in lines:
-                file.write(f"{line}\n")
-    assert told == [
-        ("no answer for jared → @RBT#001: HTTP 401", "17 4"),
-        ("WORKER TIMEOUT (pid:14)", ""),
-        ("message lin → @RBT#001 failed: 80001", "17 4"),
-    ]
-
-
 def test_the_robots_have_the_names_of_their_personas(tmp_path):
     tmp_path.joinpath("robots.toml").write_text('["@RBT#001"]\nnick = "Ada"\n')
     printed = demonstrate("--say", "hello", ROBOTS=str(tmp_path / "robots.toml"))
     assert "[one-to-one] Ada: You said: hello" in printed
+
+
+def news(url):
+    """Yield what the stand-in tells the page."""
+    with requests.get(f"{url}/page", stream=True, timeout=30) as stream:
+        for line in stream.iter_lines(chunk_size=1):
+            if line:
+                yield from json.loads(line.removeprefix(b"data: "))
+
+
+@pytest.fixture
+def demonstration():
+    """Return a function that starts the demonstration; it returns when there is a page
+    with the process, and what that printed."""
+    started = {}
+
+    def run(*arguments, **settings):
+        process = start(*arguments, **settings)
+        started[process], printed = lifeline(process), []
+        for line in process.stdout:
+            printed.append(line)
+            if "The chat page" in line:
+                break
+        return process, "".join(printed)
+
+    yield run
+    for process, line in started.items():
+        line.close()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_demonstration_and_its_bot(demonstration, number):
+    process, printed = demonstration()
+    bot = printed.split("gunicorn: ")[1].split(",")[0]
+    assert requests.get(f"{bot}/healthz").ok
+    process.send_signal(number)
+    _, complaints = process.communicate(timeout=40)
+    assert (process.returncode, complaints) == (0, "")
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{bot}/healthz")
+
+
+def test_a_demonstration_that_is_killed_leaves_no_bot_behind(demonstration):
+    process, printed = demonstration()
+    bot = printed.split("gunicorn: ")[1].split(",")[0]
+
+    def serves():
+        try:
+            return requests.get(f"{bot}/healthz", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    assert serves()
+    process.kill()
+    poll(lambda: not serves(), 5)
+
+
+def test_a_bot_elsewhere_is_driven_with_the_settings_that_are_printed(
+    sim, demonstration, tmp_path
+):
+    bot, port = BotProcess(sim, str(tmp_path)), str(free_port())
+    process, printed = demonstration("--bot", f"{bot.url}/im", "--port", port)
+    lines = [line for line in printed.splitlines() if line.startswith("export ")]
+    bot.env |= dict(line.removeprefix("export ").split("=", 1) for line in lines)
+    page = f"http://127.0.0.1:{port}"
+    try:
+        bot.start()
+        wish = {"say": "hello", "as": "lin", "to": "@RBT#002", "robots": []}
+        assert requests.post(f"{page}/page", json=wish).ok
+        for item in news(page):
+            if item.get("robot") and item["closed"]:
+                break
+        assert item["text"].startswith("You said: hello")
+    finally:
+        bot.stop()
+        process.terminate()
+        process.communicate(timeout=20)
+    assert process.returncode == 0

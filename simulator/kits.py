@@ -1,0 +1,61 @@
+"""The rules of Tencent's chat kits (TUIKit) in a one-to-one chat with a robot.
+
+The phones' kits lock the input from a user's message until a finished chatbot element
+comes; a plain text does not unlock it. The older Vue kits never lock, but only append
+to a chatbot element that grows. In groups none of this happens.
+
+Read in chat-uikit-android 8.9, Chat_UIKit (Swift) 9.0 and its Objective-C kit 8.6.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .messages import Json, chatbot_data, chatbot_text, is_finished
+
+KITS = ("phone", "vue")
+NOT_DRAWN = {"phone": "[unsupported message]", "vue": "[custom message]"}
+
+
+class KitChat:
+    """A user's chat with a robot in a client that is made with a kit.
+
+    `why` says why the input is locked: "waiting" (nothing came yet), "plain" (what came
+    is no chatbot element), "growing" (it is not finished); "" if it is not locked.
+    `shown` has the text of each of the robot's messages by its key.
+    """
+
+    def __init__(self, kit: str) -> None:
+        self.kit, self.why = kit, ""
+        self.shown: dict[Any, str] = {}
+
+    @property
+    def locked(self) -> bool:
+        """Whether the user cannot send another message."""
+        return bool(self.why)
+
+    def send(self, elements: list[Json]) -> None:
+        """Take what the user sends; a press of the stop button asks for no answer."""
+        if self.kit == "phone" and not any(map(chatbot_data, elements)):
+            self.why = "waiting"
+
+    def show(self, key: Any, elements: list[Json]) -> None:
+        """Show a message of the robot's, or what it was edited to."""
+        cards = [chatbot_data(element) for element in elements]
+        before = self.shown.get(key, "")
+        self.shown[key] = "".join(map(self._drawn, elements))
+        if self.kit == "vue" and any(cards):
+            self.shown[key] = before + self.shown[key][len(before) :]
+        if self.kit == "phone" and any(cards):
+            finished = all(is_finished(card) for card in cards if card)
+            self.why = "" if finished else "growing"
+        elif self.why == "waiting":
+            self.why = "plain"
+
+    def _drawn(self, element: Json) -> str:
+        """Return an element as the kit draws it; a phone shows Markdown's stars."""
+        if card := chatbot_data(element):
+            return chatbot_text(card)
+        if element["MsgType"] == "TIMTextElem":
+            return str(element["MsgContent"]["Text"])
+        return "" if element["MsgType"] == "TIMImageElem" else NOT_DRAWN[self.kit]
