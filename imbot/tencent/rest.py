@@ -57,16 +57,16 @@ MEANINGS = {  # of final codes, for the operator
     "30010 30014": "the friend list is full",
     "60006 70020": "IM_SDKAPPID is not a valid app",
     "60010 90009": "IM_ADMIN is not an admin of this app",
-    "60016": "the app is disabled",
-    "60020": "the service is stopped: the package has expired or is unpaid",
-    "60021": "this server's address is not on the app's list",
+    "60016 60017": "the app is disabled: see the console",
+    "60020": "the package has expired or is unpaid: see the console",
+    "60021": "this server's address is not on the list of the app; see the console",
     "60026": "the app lives in another region: set IM_API_URL to that region's domain",
     "60028": "the trial edition's messages of the last 24 hours are used up",
-    "70009": "IM_KEY is not the key of this app",
+    "70009": "IM_KEY is not the key of this app, which IM_SDKAPPID names",
     "70398": "the edition allows no more accounts",
     "80001": "the text was stopped by the sensitive-word filter",
     "80002 93000": "the message is too long",
-    "90008": "the robot does not exist: create it first",
+    "90008": "the robot does not exist: use create-robot",
 }
 MEANING = {code: text for codes, text in MEANINGS.items() for code in _codes(codes)}
 
