@@ -32,14 +32,17 @@ def _escaped(character: str) -> str:
 
 
 class Secrets:
-    """Hides secrets in texts: as they are, JSON-escaped, or in other capitals."""
+    """Hides secrets in texts: plain, as JSON or Python quote them, in capitals."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         forms: set[str] = set()
         for secret in secrets:
             if len(secret) >= SHORTEST_SECRET:
-                in_json = json.dumps(secret)[1:-1]
-                forms |= {secret, in_json, in_json.replace("/", "\\/")}
+                in_json = {
+                    json.dumps(secret, ensure_ascii=a)[1:-1] for a in (False, True)
+                }
+                quoted = {repr(secret)[1:-1], repr(secret.encode())[2:-1], *in_json}
+                forms |= {secret, *quoted, *(q.replace("/", "\\/") for q in quoted)}
         longest_first = sorted(map(re.escape, forms), key=len, reverse=True)
         self._pattern = re.compile("|".join(longest_first) or r"(?!)", re.IGNORECASE)
 
