@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from flask import Flask, request
@@ -49,11 +48,11 @@ def create_app(settings: Settings | None = None, timing: Timing = NORMAL) -> Fla
     """Create the WSGI app and start the bot. Settings come from the environment."""
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = 1 << 20  # bytes of a callback
-    if cli.add_to(app, Bot):
+    if cli.add_to(app, Bot, timing):
         return app  # running a `flask` command, not serving
     bot = Bot.create(settings, timing)
 
-    @app.post("/im")
+    @app.post("/im", strict_slashes=False)
     def im() -> dict[str, Any]:
         bot.check(request.args)
         for message in read_messages(request.args, read_body(), bot.nicks):
@@ -72,7 +71,6 @@ def create_app(settings: Settings | None = None, timing: Timing = NORMAL) -> Fla
     return app
 
 
-@dataclass(frozen=True, kw_only=True)
 class Settings(imbot.settings.Settings):
     """Every setting. Add yours: the variable is its name in capitals."""
 

@@ -99,8 +99,8 @@ class Engine:
         app.register_error_handler(StoreError, self.refuse_for_now)
         app.register_error_handler(HTTPException, partial(refuse, 500))
         settings = self.settings
-        set_up_logging(settings.log_level)
-        for line in misspelt(os.environ, settings.ai_secret_keys):
+        set_up_logging(settings.log_level, settings.secrets())
+        for line in misspelt(os.environ, settings.ai_secret_keys, type(settings)):
             logger.warning(line)
         self.workers.start()
         atexit.register(self.close)

@@ -35,6 +35,8 @@ class Timing:
     longest_retry: float = 60.0
     save_patience: float = 10.0  # to keep an answer while the store is down
     notice_every: float = 600.0  # between two sentences why messages are refused
+    log_every: float = 60.0  # between two log lines of a kind that anybody can cause
+    watch: float = 5.0  # for `flask say` to see whether its text was sent
 
     # Tencent drops a duplicate for 120 s (one-to-one) or 300 s (groups). We stop
     # relying on it earlier, by the longest time that two calls with all retries take.

@@ -5,17 +5,25 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from flask import request
+from flask import current_app, request
 from werkzeug.exceptions import HTTPException
 
+from .outside import Secrets, printable
 from .tencent.callback import BadEvent
+from .timing import NORMAL
 
 OK = {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
+CALLBACK = "/im"  # the path of the callback; /im/ is taken, too
 LARGEST_CALLBACK = 1 << 20  # bytes
 LARGEST_REST, PIECE = 16 << 20, 1 << 16  # bytes that are read of a refused body
+LONGEST_LINE = 2000  # characters of a log line
+LONGEST_PATH = 60  # characters of a path that are logged
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +39,23 @@ def read_body() -> bytes:
 
 
 def refuse(status: int, error: Exception) -> tuple[dict[str, Any], int]:
-    """Return an error in Tencent's shape.
+    """Return an error in Tencent's shape, and log it if a callback is refused.
 
     The unread rest of the body is read first, so that the connection can be reused.
     """
     why = str(error)
     if isinstance(error, HTTPException):
         status, why = error.code or status, error.description or error.name
-    if request.path == "/im":
-        logger.warning("callback refused with %d: %s", status, why)
+    why = printable(why)
+    if is_callback():
+        _warn(
+            f"{status} {type(error).__name__}", f"callback refused with {status}: {why}"
+        )
+    elif request.method == "POST" and "CallbackCommand" in request.args:
+        status, why = 404, f"the path of callbacks is {CALLBACK}"
+        path = printable(request.path, LONGEST_PATH)
+        hint = f"the URL under Webhook in the console must end with {CALLBACK}"
+        _warn("path", f"callback to {path} refused with 404: {hint}")
     if request.environ.get("wsgi.input_terminated"):
         with suppress(Exception):  # it is broken, and gunicorn closes
             for _ in range(0, LARGEST_REST, PIECE):
@@ -48,18 +64,65 @@ def refuse(status: int, error: Exception) -> tuple[dict[str, Any], int]:
     return {"ActionStatus": "FAIL", "ErrorInfo": why, "ErrorCode": 1}, status
 
 
-def set_up_logging(level: str) -> None:
-    """Log to standard output. Never log signatures or message texts."""
+def is_callback() -> bool:
+    """Return whether the request came to the path of callbacks."""
+    return request.path.rstrip("/") == CALLBACK
+
+
+def _warn(kind: str, line: str) -> None:
+    """Log a warning that anybody could cause: one a minute of each kind and app."""
+    throttle = current_app.extensions.setdefault("throttle", Throttle())
+    if (unseen := throttle.admit(kind)) is not None:
+        more = f" ({unseen} more of this kind since the last line)" if unseen else ""
+        logger.warning("%s%s", line, more)
+
+
+class Throttle:
+    """Admits one event of each kind every `seconds`, and counts the others.
+
+    There must be few kinds: none may be made of what a caller sends.
+    """
+
+    def __init__(self, seconds: float = NORMAL.log_every) -> None:
+        self.seconds = seconds
+        self._lock = threading.Lock()
+        self._kinds: dict[str, tuple[float, int]] = {}  # next admission, not admitted
+
+    def admit(self, kind: str) -> int | None:
+        """Return how many were not admitted since the last one, None for one more."""
+        now = time.monotonic()
+        with self._lock:
+            next_at, unseen = self._kinds.get(kind, (now, 0))
+            if now < next_at:
+                self._kinds[kind] = (next_at, unseen + 1)
+                return None
+            self._kinds[kind] = (now + self.seconds, 0)
+            return unseen
+
+
+def set_up_logging(level: str, secrets: Iterable[str] = ()) -> None:
+    """Log to standard output. Never log signatures, message texts, or `secrets`."""
     handler = logging.StreamHandler(sys.stdout)
-    line = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    handler.setFormatter(LineFormatter(line))
+    handler.setFormatter(LineFormatter(secrets))
     logging.basicConfig(level=level, handlers=[handler])
     for name in ("urllib3", "werkzeug"):  # they log URLs, with UserSig and Sign
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class LineFormatter(logging.Formatter):
-    """Shows the tabs between the parts of a message's id as spaces."""
+    """Formats an event as one line, without secrets; a traceback follows indented.
 
-    def format(self, record: logging.LogRecord) -> str:
-        return re.sub("\t+", " ", super().format(record))
+    So no text from outside can look like an event of its own.
+    """
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
+        self._secrets = Secrets(secrets)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = re.sub("\t+", " ", super().formatMessage(record))  # as in message ids
+        return printable(self._secrets.hide(line), LONGEST_LINE)
+
+    def formatException(self, ei: Any) -> str:
+        lines = self._secrets.hide(super().formatException(ei)).split("\n")
+        return "\n".join(f"  {printable(line, LONGEST_LINE)}" for line in lines)

@@ -1,7 +1,7 @@
 """Tencent's REST API: the client, its error codes, and the numbers of a message.
 
-A repeated call sends the same bytes and the same numbers, so Tencent drops the
-duplicate: a call whose answer was lost can safely be made again within two minutes.
+A retry sends the same bytes and the same numbers, so Tencent drops the duplicate: a
+call whose answer was lost can safely be made again within two minutes.
 """
 
 from __future__ import annotations
@@ -9,20 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
 import requests
-from urllib3.exceptions import MaxRetryError
+from urllib3.exceptions import HTTPError, MaxRetryError
 
-from ..http import CallEnded, CancelScope, Session
+from ..http import CallEnded, CancelScope, Session, TooLarge, read_all
+from ..outside import printable
 from ..timing import NORMAL, Timing
 from .callback import Json, Message
 
 CONNECT_TIMEOUT = 5  # seconds
 SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of that
 SORRY = -1  # the part that says that no answer comes
+LARGEST_ANSWER = 1 << 20  # bytes, decompressed; Tencent's own limit (its error 10018)
+ALREADY_FRIENDS = 30520
+# In MsgDropReason of a repeated group message: the first one was shown.
+DUPLICATE = re.compile("dup|repeat|重复", re.IGNORECASE)
 NO_CALLBACKS = ["ForbidBeforeSendMsgCallback", "ForbidAfterSendMsgCallback"]
 
 
@@ -32,14 +38,15 @@ def _codes(listed: str) -> frozenset[int]:
 
 # https://www.tencentcloud.com/document/product/1047/34348
 NETWORK = -1  # our code for a call that brought no answer of Tencent's
-# The network, a rate limit, or an error inside Tencent: a later try may succeed.
+# The network, a rate limit, or an error inside Tencent: a later retry may succeed.
 RETRY = _codes(
     "-1 10002 10006 10023 20004 20005 20018 22006 60007 60008 60011 60013 60014 60018 "
     "60019 70050 70169 70500 80003 90057 90992 91000"
 )
-# Trouble with this one message: a try soon may succeed, a late one will not.
+# Only this message is rejected: a retry soon may succeed, a late one will not.
 RETRY_MESSAGE = _codes("20027 20028 90994 90995")
-STALE_SIG = _codes("20002 60004 60005 70001")  # a new UserSig may mend it
+STALE_SIG = _codes("20002 60004 60005 70001")  # a new UserSig may help
+RATE_LIMITED = 10023
 
 MEANINGS = {  # of final codes, for the operator
     "10007": "the robot may not do this; is it a member of the group?",
@@ -47,36 +54,40 @@ MEANINGS = {  # of final codes, for the operator
     "10010 10015": "the group does not exist",
     "10016 20006": "refused by the app's own before-callback",
     "10017": "the robot is muted in the group",
-    "20003 70107 90012 90048": "the sender or the receiver does not exist",
+    "20003 30003 70107 90012 90048": "the sender or the receiver does not exist",
+    "30010 30014": "the friend list is full",
     "60006 70020": "IM_SDKAPPID is not a valid app",
     "60010 90009": "IM_ADMIN is not an admin of this app",
-    "60016": "the app is disabled",
-    "60020": "the service is stopped: the package has expired or is unpaid",
-    "60021": "this server's address is not on the app's list",
+    "60016 60017": "the app is disabled: see the console",
+    "60020": "the package has expired or is unpaid: see the console",
+    "60021": "this server's address is not on the list of the app; see the console",
     "60026": "the app lives in another region: set IM_API_URL to that region's domain",
     "60028": "the trial edition's messages of the last 24 hours are used up",
-    "70009": "IM_KEY is not the key of this app",
+    "70009": "IM_KEY is not the key of this app, which IM_SDKAPPID names",
     "70398": "the edition allows no more accounts",
     "80001": "the text was stopped by the sensitive-word filter",
     "80002 93000": "the message is too long",
-    "90008": "the robot does not exist: create it first",
+    "90008": "the robot does not exist: use create-robot",
 }
 MEANING = {code: text for codes, text in MEANINGS.items() for code in _codes(codes)}
 
 
-class IMError(Exception):
-    """A call that Tencent IM refused, or that did not get through.
+UNREADABLE = (KeyError, TypeError, ValueError, AttributeError)  # not as documented
 
-    `retry`: the same call may succeed later; `about_message`: only soon, and the
-    trouble is with this message alone; `may_have_arrived`: this try, or one before it,
-    may have had its effect all the same, so that another might show a message twice.
+
+class IMError(Exception):
+    """A call that Tencent refused, or that brought no answer.
+
+    `retry`: a later retry may succeed. `about_message`: only this message is rejected,
+    so retry briefly. `may_have_arrived`: this try, or an earlier one, may have taken
+    effect all the same (unconfirmed), so that a retry might show a message twice.
     """
 
     def __init__(
         self, command: str, code: int, info: str, may_have_arrived: bool = False
     ) -> None:
         meaning = f" ({MEANING[code]})" if code in MEANING else ""
-        super().__init__(f"{command} failed with {code}: {info}{meaning}")
+        super().__init__(f"{command} failed with {code}: {printable(info)}{meaning}")
         self.code, self.may_have_arrived = code, may_have_arrived
         self.about_message = code in RETRY_MESSAGE
         self.retry = code in RETRY | RETRY_MESSAGE
@@ -126,7 +137,23 @@ class Client:
     def robots(self) -> list[str]:
         """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
         listed = self.call("openim_robot_http_svc/get_all_robots", {})
-        return [str(userid) for userid in listed.get("Robot_Account") or []]
+        userids = listed.get("Robot_Account")
+        return [*map(printable, userids)] if isinstance(userids, list) else []
+
+    def befriend(self, user: str, robot: str) -> None:
+        """Put a robot into the friend list of a user, whose app can then show it.
+
+        Raises IMError. https://www.tencentcloud.com/document/product/1047/34902
+        """
+        friend = {"To_Account": robot, "AddSource": "AddSource_Type_Server"}
+        body = {"From_Account": user, "AddFriendItem": [friend], "ForceAddFlags": 1}
+        results = self.call("sns/friend_add", body).get("ResultItem") or [{}]
+        try:
+            code, info = _integer(results[0].get("ResultCode", 0)), results[0]
+        except UNREADABLE:
+            code, info = NETWORK, {"ResultInfo": "no valid answer"}
+        if code not in (0, ALREADY_FRIENDS):
+            raise IMError("sns/friend_add", code, info.get("ResultInfo", ""))
 
     def call(
         self,
@@ -135,11 +162,11 @@ class Client:
         pauses: Sequence[float] | None = None,
         timeout: float | None = None,
     ) -> Json:
-        """Make a REST call and return Tencent's answer.
+        """Make a REST call and return Tencent's answer. Raises IMError.
 
-        If another try may help, there is one after each of `pauses`; each ends after
-        `timeout`, in seconds.
-        Raises IMError. https://www.tencentcloud.com/document/product/1047/34620
+        If a retry may help, there is one after each of `pauses`; each try ends after
+        `timeout`. Both are in seconds.
+        https://www.tencentcloud.com/document/product/1047/34620
         """
         data = json.dumps(body, ensure_ascii=False).encode()
         waits = list(self.timing.pauses if pauses is None else pauses)
@@ -157,7 +184,7 @@ class Client:
                     raise
 
     def _post(self, command: str, data: bytes, seconds: float) -> Json:
-        # A UserSig needs no quoting, and urllib3 goes byte by byte where it finds a %.
+        # The UserSig needs no quoting, and urllib3 re-encodes URLs with a % slowly.
         url = (
             f"{self.url}/v4/{command}?sdkappid={self.sdkappid}&contenttype=json"
             f"&identifier={quote(self.admin)}&usersig={self._user_sig()}"
@@ -167,15 +194,15 @@ class Client:
         try:
             with CancelScope(seconds):
                 response = self._session.post(url, data, headers={}, timeout=limits)
-                _ = response.content  # reads it
-        except (requests.RequestException, CallEnded) as error:
-            # Its text holds the URL with the UserSig: only its name may be told.
+                answer = read_all(response, LARGEST_ANSWER)
+        except (requests.RequestException, HTTPError, CallEnded, TooLarge) as error:
+            # Its text holds the URL with the UserSig: tell only its name.
             reason = f"no answer ({type(error).__name__})"
             no_address = isinstance(error, ValueError)
             no_connection = any(isinstance(arg, MaxRetryError) for arg in error.args)
             sent = not (no_address or no_connection)
             raise IMError(command, NETWORK, reason, may_have_arrived=sent) from None
-        return _read_answer(command, response)
+        return _read_answer(command, response.status_code, answer)
 
     def _user_sig(self) -> str:
         """Return a UserSig. Two threads may make one each at a time: both are valid."""
@@ -185,20 +212,33 @@ class Client:
         return self._sig
 
 
-def _read_answer(command: str, response: requests.Response) -> Json:
+def _read_answer(command: str, status: int, body: bytes) -> Json:
     """Return Tencent's answer; raise IMError if it is a refusal, or none at all."""
     try:
-        answer = response.json()
-        code = int(answer["ErrorCode"])
+        answer: Json = {**json.loads(body)}
+        code = _integer(answer["ErrorCode"])
         ok = answer["ActionStatus"] == "OK" and code == 0
-    except (ValueError, TypeError, KeyError, RecursionError):
-        status = f"HTTP {response.status_code} without Tencent's JSON"
-        raise IMError(command, NETWORK, status, may_have_arrived=True) from None
+    except (*UNREADABLE, RecursionError):
+        info = f"no valid answer (HTTP {status} without Tencent's JSON)"
+        raise IMError(command, NETWORK, info, may_have_arrived=True) from None
     if not ok:
-        raise IMError(command, code, str(answer.get("ErrorInfo"))[:200])
-    if answer.get("MsgDropReason"):
-        raise IMError(command, 10023, f"dropped: {answer['MsgDropReason']}"[:200])
-    return dict(answer)
+        raise IMError(command, code, answer.get("ErrorInfo", ""))
+    dropped = str(answer.get("MsgDropReason") or "")
+    if dropped and not DUPLICATE.search(dropped):
+        raise IMError(command, RATE_LIMITED, f"dropped: {dropped}")
+    return answer
+
+
+def _integer(value: object) -> int:
+    """Return a code of Tencent's as a number. Raises ValueError, TypeError.
+
+    Some of its numbers are documented as numbers and sent as texts.
+    """
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value, re.ASCII):
+        return int(value)
+    if type(value) is not int or abs(value) >= 2**31:
+        raise ValueError("not a code")
+    return value
 
 
 def message_body(message: Message, element: Json, part: int) -> Json:
