@@ -56,7 +56,8 @@ def create_app(settings: Settings | None = None, timing: Timing = NORMAL) -> Fla
     @app.post("/im")
     def im() -> dict[str, Any]:
         bot.check(request.args)
-        for message in read_messages(request.args, read_body(), bot.nicks):
+        serves = bot.settings.serves
+        for message in read_messages(request.args, read_body(), bot.nicks, serves):
             bot.accept(message)
         return OK
 

@@ -68,6 +68,7 @@ FIELDS: dict[str, tuple[Json, Json]] = {
     ),
     "openim_robot_http_svc/delete_robot": ({"Robot_Account": str}, {}),
     "openim_robot_http_svc/get_all_robots": ({}, {}),
+    "profile/portrait_get": ({"To_Account": list, "TagList": list}, {}),
     **LOOKUPS,
 }
 
@@ -168,6 +169,8 @@ class Tencent(History):
                     if self.robots.pop(body["Robot_Account"], None) is None:
                         raise Refused(10004, "no such robot")
                     answer = {}
+                case "portrait_get":
+                    answer = self._profiles(body)
                 case "get_list" | "admin_getroammsg" | "group_msg_get_simple":
                     answer = self.look_up(command, body)
                 case _:
@@ -272,6 +275,17 @@ class Tencent(History):
         message.index = chunk["Index"]
         message.show(whole, chunk["IsLast"])
         return answer
+
+    def _profiles(self, body: Json) -> Json:
+        """https://www.tencentcloud.com/document/product/1047/34917"""
+        profiles = []
+        for account in body["To_Account"]:
+            nick = self.robots.get(account, "")
+            item = {"Tag": "Tag_Profile_IM_Nick", "Value": nick}
+            there = nick and item["Tag"] in body["TagList"]
+            profile = {"To_Account": account, "ProfileItem": [item] if there else []}
+            profiles.append(profile | {"ResultCode": 0, "ResultInfo": ""})
+        return {"UserProfileItem": profiles}
 
     def _create_robot(self, body: Json) -> Json:
         userid = body["UserID"]
