@@ -123,6 +123,8 @@ class Bot(Engine):
         if found := commands.find(message):
             run, argument = found
             return run(chat, argument)
+        if message.kind == "greeting":  # a bare mention
+            return show_help(chat, "")
         if message.kind == "unsupported":
             return chat.texts["unsupported"]
         if not (message.text or message.quote or self.provider(chat).service.images):
