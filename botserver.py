@@ -55,7 +55,8 @@ def create_app(settings: Settings | None = None, timing: Timing = NORMAL) -> Fla
     @app.post("/im", strict_slashes=False)
     def im() -> dict[str, Any]:
         bot.check(request.args)
-        for message in read_messages(request.args, read_body(), bot.nicks):
+        serves = bot.settings.serves
+        for message in read_messages(request.args, read_body(), bot.nicks, serves):
             bot.accept(message)
         return OK
 
@@ -120,6 +121,8 @@ class Bot(Engine):
         if found := commands.find(message):
             run, argument = found
             return run(chat, argument)
+        if message.kind == "greeting":  # a bare mention
+            return show_help(chat, "")
         if message.kind == "unsupported":
             return chat.texts["unsupported"]
         if not (message.text or message.quote or self.provider(chat).service.images):

@@ -10,11 +10,16 @@ command without `takes` runs only if its name is the whole text.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from .chat import Chat
 from .tencent import Message
+from .tencent.mentions import trim
+
+LONGEST_NAME = 64  # characters
+PUNCTUATION = ".。!?~…,、;:"  # after a command's name it is not part of it
 
 Run = Callable[[Chat, str], str]
 
@@ -49,11 +54,21 @@ def find(message: Message) -> tuple[Run, str] | None:
     """Return the command that a message is, and its argument."""
     if message.kind != "question":
         return None
-    first, argument = [*message.text.split(maxsplit=1), "", ""][:2]
+    first, argument = [*trim(message.text).split(maxsplit=1), "", ""][:2]
+    written = plain(first)
     for name, command in COMMANDS.items():
-        if first.lower() in (name, command.name) and (command.takes or not argument):
+        if written in (name, command.name) and (command.takes or not argument):
             return command.run, argument
     return None
+
+
+def plain(word: str) -> str:
+    """Return a command's name as it is registered: ／HELP, /help@Nick and /help。 are
+    /help."""
+    word = unicodedata.normalize("NFKC", word[:LONGEST_NAME]).lower()
+    if word.startswith("/"):
+        word = word.partition("@")[0]
+    return word.rstrip(PUNCTUATION)
 
 
 def usage(language: str) -> str:

@@ -33,7 +33,7 @@ from .queue import (
 )
 from .replies import PlainReply
 from .settings import Persona, Settings, SettingsError, misspelt
-from .tencent import BadEvent, Client, Message, numbers
+from .tencent import BadEvent, Client, Message, Nicks, numbers
 from .texts import TEXTS
 from .timing import NORMAL, Timing
 from .web import refuse, set_up_logging
@@ -54,9 +54,9 @@ class Engine:
 
     def __init__(self, settings: Settings, store: Store, timing: Timing) -> None:
         self.settings, self.store = settings, store
-        self.nicks = {robot: p.nick for robot, p in settings.robots.items()}
         self.texts = TEXTS[settings.bot_language]
         self.im = self.connect(settings, timing)
+        self.nicks = Nicks(self.im, {r: p.nick for r, p in settings.robots.items()})
         personas = {Persona(), *settings.robots.values()}
         self.providers = {p: settings.provider(p, self.services) for p in personas}
         days, threads = settings.retention_days, settings.worker_threads
@@ -66,7 +66,7 @@ class Engine:
         self.missed: Missed | NothingMissed = NothingMissed()
         if settings.catch_up:
             accept = partial(self.accept, was_missed=True)
-            self.missed = Missed(*shared, accept, timing)
+            self.missed = Missed(*shared, accept, self.nicks, timing)
 
     @classmethod
     def create(cls, settings: Settings | None = None, timing: Timing = NORMAL) -> Self:
@@ -182,7 +182,7 @@ class Engine:
 
     def work(self, job: Job) -> None:
         """Do what a claimed message needs, in a thread of the pool."""
-        message = Message.load(job.claim.data)
+        message = self.nicks.settle(Message.load(job.claim.data))
         chat = self._chat(message, job.claim.conversation)
         delivery = Delivery(self.outbox, job, chat, self._reply_mode(message))
         if job.claim.spent or delivery.progress.gives_up:

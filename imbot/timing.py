@@ -23,6 +23,9 @@ class Timing:
     # Calls of Tencent's REST API.
     call_timeout: float = 10.0  # one try of a call, from its start to its last byte
     pauses: tuple[float, ...] = (0.3, 1.5)  # before the second and the third try
+    aside: float = 2.0  # a call an answer can do without: a nick, the group's talk
+    nick_life: float = 3600.0  # a robot's nick is not asked for again
+    nick_retry: float = 60.0  # the same, if Tencent did not tell it
 
     # Calls of the AI service; AI_TIMEOUT limits an answer as a whole.
     backoff: float = 0.5  # before the second try, twice as long before the third

@@ -78,6 +78,7 @@ FIELDS: dict[str, tuple[Json, Json]] = {
         {"From_Account": str, "AddFriendItem": list},
         {"AddType": str, "ForceAddFlags": int},
     ),
+    "profile/portrait_get": ({"To_Account": list, "TagList": list}, {}),
     **LOOKUPS,
 }
 
@@ -229,6 +230,8 @@ class Tencent(History):
                     answer = {}
                 case "friend_add":
                     answer = self._add_friends(body)
+                case "portrait_get":
+                    answer = self._profiles(body)
                 case "get_list" | "admin_getroammsg" | "group_msg_get_simple":
                     answer = self.look_up(command, body)
                 case _:
@@ -355,6 +358,17 @@ class Tencent(History):
             found.append({"To_Account": robot, "ResultCode": code, "ResultInfo": ""})
         failed = [item["To_Account"] for item in found if item["ResultCode"]]
         return {"ResultItem": found, "Fail_Account": failed, "ErrorDisplay": ""}
+
+    def _profiles(self, body: Json) -> Json:
+        """https://www.tencentcloud.com/document/product/1047/34917"""
+        profiles = []
+        for account in body["To_Account"]:
+            nick = self.robots.get(account, "")
+            item = {"Tag": "Tag_Profile_IM_Nick", "Value": nick}
+            there = nick and item["Tag"] in body["TagList"]
+            profile = {"To_Account": account, "ProfileItem": [item] if there else []}
+            profiles.append(profile | {"ResultCode": 0, "ResultInfo": ""})
+        return {"UserProfileItem": profiles}
 
     def _create_robot(self, body: Json) -> Json:
         userid = body["UserID"]

@@ -2,34 +2,41 @@
 
 https://www.tencentcloud.com/document/product/1047/68952 (one-to-one)
 https://www.tencentcloud.com/document/product/1047/68953 (group)
+https://www.tencentcloud.com/document/product/1047/43466 (one-to-one, recalled)
+https://www.tencentcloud.com/document/product/1047/46979 (group, recalled)
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
+
+from .mentions import cut_mentions, trim
+from .pictures import is_public
 
 ROBOT = "@RBT#"  # the UserID of every robot account starts with this
 LONGEST_ID = 128  # characters; Tencent's own limits are lower
 LONGEST_QUOTE = 500  # characters of the message that a question replies to
-
-UNSUPPORTED = frozenset(  # what a user may send but the AI is not asked about
-    "TIMSoundElem TIMFileElem TIMVideoFileElem TIMFaceElem TIMLocationElem "
-    "TIMRelayElem".split()
-)
+LONGEST_FORWARD = 4000  # characters of the abstract of forwarded messages
 
 Json = dict[str, Any]
+Names = Mapping[str, str | None]  # robot -> its nick; None if it is not known yet
 
 
 def read_messages(
-    query: Mapping[str, str], body: bytes, nicks: Mapping[str, str]
+    query: Mapping[str, str],
+    body: bytes,
+    nicks: Names,
+    serves: Callable[[str], bool] = bool,
 ) -> list[Message]:
-    """Return the messages to robots in the body of a callback. Raises BadEvent."""
+    """Return the messages to robots in the body of a callback. Raises BadEvent.
+
+    `serves`: whether a robot is ours; others are left alone (ROBOTS_ONLY).
+    """
     try:
         event = json.loads(body) if body.strip() else {}
     except (ValueError, RecursionError):
@@ -37,7 +44,8 @@ def read_messages(
     if not isinstance(event, dict):
         raise BadEvent("the body is not a JSON object")
     name = event.get("CallbackCommand") or query.get("CallbackCommand")
-    return parse(str(name), event, nicks, query.get("OptPlatform", ""))
+    messages = parse(str(name), event, nicks, query.get("OptPlatform", ""))
+    return [m for m in messages if m.kind == "recalled" or serves(m.robot)]
 
 
 class BadEvent(ValueError):
@@ -46,17 +54,19 @@ class BadEvent(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What a user wants of one robot."""
+    """One user message addressed to one robot."""
 
     id: str  # unique, and the same however often Tencent delivers the callback
-    robot: str
+    robot: str  # empty if a group's message was recalled: Tencent does not name it
     user: str
     text: str
     group: str = ""  # empty in a one-to-one chat
     topic: str = ""
     images: tuple[str, ...] = ()  # URLs
-    # or "stop" (a button), "unsupported" (a voice, a file), "said" (by the robot, of
-    # itself), "missed" (no message, but work of missed.py)
+    # "question", or: "greeting" (a bare mention), "mention" (a question that still
+    # holds the mention: see Nicks.settle), "stop" (a button), "recalled" (its id is the
+    # recall_id of the question), "unsupported" (a voice, a file), "said" (by the robot
+    # unasked), "missed" (no message, but work of missed.py)
     kind: str = "question"
     sent: float = 0.0  # Unix seconds, by Tencent's clock; within a second by MsgSeq
     seq: int = 0  # its MsgSeq: the answer's is higher, so clients sort it below
@@ -86,68 +96,136 @@ class Message:
         member = (self.user,) if per_member else ()
         return "\t".join(("group", self.robot, self.group, self.topic, *member))
 
+    def recall_id(self) -> str:
+        """Return the id that a recall of this message has.
+
+        One-to-one it is the message's own; of a group's Tencent tells the MsgSeq only.
+        """
+        if not self.group:
+            return self.id
+        return "\t".join((self.group, self.topic, str(self.seq)))
+
 
 def parse(
-    command: str, event: Json, nicks: Mapping[str, str] = {}, platform: str = ""
+    command: str,
+    event: Json,
+    nicks: Mapping[str, str | None] = {},
+    platform: str = "",
 ) -> list[Message]:
     """Return the messages of a callback: one for each robot that it is for.
 
-    `nicks` are the robots' names, by which they may be mentioned. Raises BadEvent.
+    `nicks` are the names by which robots may be mentioned. Raises BadEvent.
     Other callbacks and messages that were not delivered are ignored.
-    https://www.tencentcloud.com/document/product/1047/68952 (one-to-one)
-    https://www.tencentcloud.com/document/product/1047/68953 (group)
     """
-    if command not in ("Bot.OnC2CMessage", "Bot.OnGroupMessage"):
-        return []
+    match command:
+        case "Bot.OnC2CMessage":
+            robots = _robots([event.get("To_Account")], "To_Account")
+            messages = _messages(event, robots, "", "MsgRandom")
+        case "Bot.OnGroupMessage":
+            robots = _robots(event.get("AtRobots_Account", []), "AtRobots_Account")
+            messages = _messages(event, robots, _id(event, "GroupId"), "Random")
+            known = [(robot, nicks.get(robot, "")) for robot in robots]
+            messages = [read_mention(message, known) for message in messages]
+        case "C2C.CallbackAfterMsgWithDraw":
+            return _recalled(event)
+        case "Group.CallbackAfterRecallMsg":
+            return _recalled_in_group(event)
+        case _:
+            return []
+    return [
+        replace(message, platform=platform)
+        for message in messages
+        if message.kind != "question" or message.text or message.images or message.quote
+    ]
+
+
+def read_mention(
+    message: Message, robots: Collection[tuple[str, str | None]]
+) -> Message:
+    """Return a group's message without the mentions of robots: pairs of id and nick.
+
+    If a nick is not known yet (None), the message is of kind "mention".
+    """
+    if message.kind not in ("question", "mention") or not message.text:
+        return message
+    if any(nick is None for _, nick in robots):
+        return replace(message, kind="mention")
+    text = cut_mentions(message.text, [(robot, nick or "") for robot, nick in robots])
+    bare = not (text or message.images or message.quote)
+    return replace(message, text=text, kind="greeting" if bare else "question")
+
+
+def _messages(
+    event: Json, robots: list[str], group: str, random_field: str
+) -> list[Message]:
+    """Return what a user wrote, for each of the robots."""
     user = _id(event, "From_Account")
     if str(event.get("SendMsgResult", 0)) != "0":  # it was not delivered
         return []
-    text, images, kind = _content(event.get("MsgBody"))
-    if command == "Bot.OnC2CMessage":
-        group, topic, random_field = "", "", "MsgRandom"
-        robots = _robots([event.get("To_Account")], "To_Account")
-    else:
-        group, random_field = _id(event, "GroupId"), "Random"
-        topic = _id(event, "TopicId") if event.get("TopicId") else ""
-        robots = _robots(event.get("AtRobots_Account", []), "AtRobots_Account")
-        names = [nicks[robot] for robot in robots if nicks.get(robot)]
-        text = cut_mentions(text, [*robots, *names])
+    text, images, forwarded, kind = read_body(event.get("MsgBody"))
+    topic = _id(event, "TopicId") if group and event.get("TopicId") else ""
     unique = [_number(event, name) for name in ("MsgSeq", random_field, "MsgTime")]
-    rest = "\t".join((user, group, topic, *unique))
+    seq = int(unique[0])
+    return [
+        Message(
+            _message_id(robot, user, group, topic, *unique),
+            robot,
+            user,
+            text,
+            group,
+            topic,
+            images,
+            kind,
+            sent=int(unique[2]) + seq % 2**22 / 2**22,  # what a float can hold
+            seq=seq % 2**32,
+            quote="\n".join(filter(None, (_quote(event), forwarded))),
+        )
+        for robot in robots
+    ]
+
+
+def _message_id(*parts: str) -> str:
+    """Join robot, user, group, topic, MsgSeq, MsgRandom and MsgTime."""
+    return "\t".join(parts)
+
+
+def _quote(event: Json) -> str:
+    """Return the start of the message that this one replies to."""
     match _inner(event.get("CloudCustomData")):
         case {"messageReply": {"messageAbstract": str(quote)}}:
-            quote = clean(quote)[:LONGEST_QUOTE].strip()
-        case _:
-            quote = ""
-    if kind == "question" and not (text or images or quote):
-        return []
-    sent = int(unique[2]) + int(unique[0]) % 2**22 / 2**22  # what a float can hold
-    seq = int(unique[0]) % 2**32
-    content = (text, group, topic, images, kind, sent, seq, platform, quote)
-    return [Message(f"{robot}\t{rest}", robot, user, *content) for robot in robots]
+            return clean(quote)[:LONGEST_QUOTE].strip()
+    return ""
 
 
-def cut_mentions(text: str, names: Iterable[str]) -> str:
-    """Return the text without `@name`, for every name, wherever it stands.
+def _recalled(event: Json) -> list[Message]:
+    """Return the recall of a one-to-one message. Its MsgKey holds what its id does."""
+    user, key = _id(event, "From_Account"), str(event.get("MsgKey"))
+    if not re.fullmatch(r"[0-9]{1,20}(_[0-9]{1,20}){2}", key, re.ASCII):
+        raise BadEvent("MsgKey is not like 1_2_3")
+    return [
+        Message(
+            _message_id(robot, user, "", "", *key.split("_")),
+            robot,
+            user,
+            "",
+            kind="recalled",
+            seq=int(key.split("_")[0]) % 2**32,
+        )
+        for robot in _robots([event.get("To_Account")], "To_Account")
+    ]
 
-    If there is none, a single mention at the start is cut: a name we do not know.
-    """
-    cut = text
-    for name in sorted(names, key=len, reverse=True):
-        cut = _mention(name).sub("", cut)
-    if cut == text:
-        cut = re.sub(r"^\s*[@＠]\S+(?:\s+(?![\s@＠])|\s*\Z)", "", text)
-    return cut.strip()
 
-
-def is_mentioned(name: str, text: str) -> bool:
-    """Return whether a text holds `@name`."""
-    return bool(name and _mention(name).search(text))
-
-
-def _mention(name: str) -> re.Pattern[str]:
-    after = r"(?![A-Za-z0-9_])\s?"
-    return re.compile(f"[@＠]{re.escape(name)}{after}", re.IGNORECASE)
+def _recalled_in_group(event: Json) -> list[Message]:
+    """Return the recalls of a group's messages, of which Tencent tells the MsgSeq."""
+    group = _id(event, "GroupId")
+    topic = _id(event, "TopicId") if event.get("TopicId") else ""
+    items = event.get("MsgSeqList")
+    if not isinstance(items, list) or not all(isinstance(i, dict) for i in items):
+        raise BadEvent("MsgSeqList is not a list of objects")
+    seqs = [int(_number(item, "MsgSeq")) % 2**32 for item in items]
+    place = ("", group, topic)
+    recalls = [Message("", "", *place, kind="recalled", seq=seq) for seq in seqs]
+    return [replace(recall, id=recall.recall_id()) for recall in recalls]
 
 
 def _robots(accounts: Any, field: str) -> list[str]:
@@ -172,30 +250,41 @@ def _number(event: Json, field: str) -> str:
     raise BadEvent(f"{field} is not a number")
 
 
-def _content(body: Any) -> tuple[str, tuple[str, ...], str]:
-    """Return the text, the images and the kind of a MsgBody."""
+def read_body(body: Any) -> tuple[str, tuple[str, ...], str, str]:
+    """Return the text, the pictures, what was forwarded, and the kind of a MsgBody.
+
+    https://www.tencentcloud.com/document/product/1047/33527
+    """
     if not isinstance(body, list):
         raise BadEvent("MsgBody is not a list")
-    texts, images, others, kind = [], [], set(), "question"
+    texts, images, forwarded, kind = [], [], "", "question"
     for element in body:
         match element:
             case {"MsgType": "TIMTextElem", "MsgContent": {"Text": str(text)}}:
                 texts.append(clean(text))
             case {"MsgType": "TIMImageElem", "MsgContent": {"ImageInfoArray": list(i)}}:
                 images += _image(i)
-            case {"MsgType": "TIMCustomElem", "MsgContent": {"Data": str(data)}}:
-                match _inner(data):
+            case {"MsgType": "TIMRelayElem", "MsgContent": {"AbstractList": [*lines]}}:
+                forwarded = _abstract(element["MsgContent"].get("Title"), lines)
+            case {"MsgType": "TIMCustomElem", "MsgContent": {**content}}:
+                match _inner(content.get("Data")):  # others are programs' signals
                     case {"chatbotPlugin": 2, "src": 22}:  # TUIKit's stop button
                         kind = "stop"
             case {"MsgType": str(name), "MsgContent": dict()} if name != "TIMTextElem":
-                others.add(name)
+                kind = "unsupported" if kind == "question" else kind
             case _:
                 raise BadEvent(
                     "an element of MsgBody has no MsgType, MsgContent or Text"
                 )
-    if kind != "stop" and others & UNSUPPORTED and not texts and not images:
-        kind = "unsupported"
-    return "\n".join(texts).strip(), tuple(images), kind
+    if kind == "unsupported" and (texts or images or forwarded):
+        kind = "question"  # about what can be read
+    return trim("\n".join(texts)), tuple(images), forwarded, kind
+
+
+def _abstract(title: Any, lines: list[Any]) -> str:
+    """Return the first lines of forwarded messages, as the client shows them."""
+    said = [clean(line) for line in [title, *lines] if isinstance(line, str)]
+    return "\n".join(said)[:LONGEST_FORWARD].strip()
 
 
 def _image(infos: list[Any]) -> list[str]:
@@ -203,21 +292,9 @@ def _image(infos: list[Any]) -> list[str]:
     urls = {}
     for info in infos:
         match info:
-            case {"Type": int(size), "URL": str(url)} if _is_public(url):
+            case {"Type": int(size), "URL": str(url)} if is_public(url):
                 urls[size] = clean(url)
     return [urls[size] for size in (2, 1, 3) if urls.get(size)][:1]
-
-
-def _is_public(url: str) -> bool:
-    """Return whether an AI service may fetch it: by HTTPS, from a name in public."""
-    try:
-        parts = urlsplit(url)
-        name = (parts.hostname or "").rstrip(".")
-    except ValueError:
-        return False
-    literal = re.fullmatch(r"[\d.]*|0x[\da-f.x]*|.*:.*", name)
-    local = name.endswith((".local", ".localhost", ".internal", ".lan", ".home.arpa"))
-    return parts.scheme == "https" and "." in name and not literal and not local
 
 
 def _inner(data: Any) -> Any:
@@ -229,3 +306,9 @@ def _inner(data: Any) -> Any:
 def clean(text: str) -> str:
     """Return the text without what UTF-8 or an AI service cannot hold."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
+
+
+def attributed(user: str, text: str) -> str:
+    """Return what a user wrote as an entry of a log. Its further lines are indented,
+    so none looks like another user's entry."""
+    return "\n    ".join(f"{user}: {text}".splitlines())

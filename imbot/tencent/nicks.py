@@ -1,0 +1,100 @@
+"""The robots' nicks, by which users mention them in groups.
+
+robots.toml may name them. Others are learned from Tencent, by a worker thread: a
+callback, which has 2 seconds, never waits for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+from .callback import Message, clean, read_mention
+from .history import UNREADABLE
+from .mentions import mentions
+from .rest import Client, IMError
+
+NICK = "Tag_Profile_IM_Nick"
+PROFILES = 100  # accounts in one call, at most
+
+logger = logging.getLogger(__name__)
+
+
+class Nicks(Mapping[str, str | None]):
+    """Robots' nicks: "" if a robot has none, None if it is not known yet."""
+
+    def __init__(self, im: Client, named: Mapping[str, str]) -> None:
+        self._im, self._timing = im, im.timing
+        self._nicks: dict[str, str | None] = {r: n for r, n in named.items() if n}
+        self._due: dict[str, float] = {}  # robot -> time.monotonic() of the next call
+        self._lock = threading.Lock()
+        self._warned = False
+
+    def __getitem__(self, robot: str) -> str | None:
+        """Return a robot's nick at once. One that is not known is asked for later."""
+        if robot not in self._nicks:
+            self._due.setdefault(robot, 0.0)
+        return self._nicks.setdefault(robot, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._nicks])
+
+    def __len__(self) -> int:
+        return len(self._nicks)
+
+    def settle(self, message: Message) -> Message:
+        """Return a message without the mention of its robot, whose nick is learned now
+        if it must be: for a worker thread."""
+        if not message.group:
+            return message
+        self.learn(message.robot)
+        if message.kind != "mention":
+            return message
+        named = [(robot, nick or "") for robot, nick in self.items()]
+        text, own = message.text, message.robot
+        named = [names for names in named if names[0] == own or mentions(text, *names)]
+        return read_mention(message, named)
+
+    def learn(self, robot: str) -> None:
+        """Ask Tencent for a robot's nick if it is not known or old, and for others'.
+
+        Nothing is raised: without its nick a robot is known by its UserID.
+        """
+        _ = self[robot]
+        with self._lock:
+            now = time.monotonic()
+            due = [one for one, at in [*self._due.items()] if at <= now][:PROFILES]
+            if robot not in due:
+                return
+            found = self._ask(due)
+            wait = self._timing.nick_retry if found is None else self._timing.nick_life
+            for one in due:
+                self._nicks[one] = (found or {}).get(one) or self._nicks[one] or ""
+                self._due[one] = now + wait
+
+    def _ask(self, robots: list[str]) -> dict[str, str] | None:
+        """Return the nicks of robots; log why, and return None, if Tencent tells none.
+
+        https://www.tencentcloud.com/document/product/1047/34917
+        """
+        body = {"To_Account": robots, "TagList": [NICK]}
+        try:
+            answer = self._im.call(
+                "profile/portrait_get", body, pauses=(), timeout=self._timing.aside
+            )
+            nicks = {
+                profile["To_Account"]: clean(item["Value"])
+                for profile in answer["UserProfileItem"]
+                for item in profile.get("ProfileItem") or []
+                if item["Tag"] == NICK
+            }
+        except (IMError, *UNREADABLE) as error:
+            why = error if isinstance(error, IMError) else type(error).__name__
+            if not self._warned:
+                logger.warning("the robots' nicks are not known: %s", why)
+            self._warned = True
+            return None
+        self._warned = False
+        return nicks
