@@ -18,8 +18,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from botserver import create_app
-from imbot.settings import Settings
+from botserver import Settings, create_app
 from imbot.timing import Timing
 
 from .messages import Json
