@@ -1,0 +1,242 @@
+"""More of what the bot promises than the specification on top tells."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+import usersig
+from simulator import text_body
+from simulator.fixtures import TOKEN, Caller, idle, poll, said_to
+
+UNSUPPORTED = (
+    "TIMSoundElem TIMFileElem TIMVideoFileElem TIMFaceElem TIMLocationElem "
+    "TIMRelayElem TIMSomethingNew".split()
+)
+
+
+def stored(folder):
+    """Return all that the files of the store hold."""
+    return b"".join(file.read_bytes() for file in folder.glob("bot.db*"))
+
+
+TYPING = json.dumps({"businessID": "user_typing_status", "typingStatus": 1})
+NO_QUESTIONS = {
+    "from a robot": {"From_Account": "@RBT#002"},
+    "not delivered": {"SendMsgResult": 20006},
+    "not delivered, as text": {"SendMsgResult": "20006"},
+    "not to a robot": {"To_Account": "lin"},
+    "typing": {
+        "MsgBody": [{"MsgType": "TIMCustomElem", "MsgContent": {"Data": TYPING}}]
+    },
+    "no text": {"MsgBody": text_body("  ")},
+    "unknown command": {"CallbackCommand": "Profile.CallbackPortraitSet"},
+    "a before callback": {"CallbackCommand": "C2C.CallbackBeforeSendMsg"},
+    "the same message's other callback": {
+        "CallbackCommand": "C2C.CallbackAfterSendMsg"
+    },
+}
+
+
+@pytest.mark.parametrize("fields", NO_QUESTIONS.values(), ids=NO_QUESTIONS)
+def test_what_is_no_question_is_acknowledged_and_left(im, fields):
+    answer = im.say("hi", **fields)
+    assert (answer.status_code, answer.get_json()["ErrorCode"]) == (200, 0)
+    assert answer.get_json()["ActionStatus"] == "OK"
+    im.say("a question after it")
+    assert "a question after it" in im.sim.wait(1)[0].text
+    assert len(im.sim.ai_requests) == 1
+
+
+def test_the_consoles_probe_is_acknowledged(im):
+    query = im.sim.signed({"CallbackCommand": "State.StateChange"})
+    del query["SdkAppid"]
+    for body in ("", "{}"):
+        answer = im.client.post("/im", query_string=query, data=body)
+        assert (answer.status_code, answer.get_json()["ErrorCode"]) == (200, 0)
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ({"Sign": "0" * 64}, 403),
+        ({"Sign": ""}, 403),
+        ({"Sign": "é"}, 403),
+        ({"RequestTime": "1669872112"}, 403),
+        ({"SdkAppid": "1400000001"}, 403),
+        ({"age": 61}, 403),
+        ({"age": -62}, 403),
+        ({"age": 50}, 200),
+    ],
+)
+def test_a_forged_or_stale_callback_is_refused(im, query, status):
+    if age := query.get("age"):
+        then = str(int(time.time()) - age)
+        query = {"RequestTime": then, "Sign": usersig.sign_callback(TOKEN, then)}
+    answer = im.post(im.sim.say("jared", "@RBT#001", "hi"), **query)
+    assert answer.status_code == status
+    assert (answer.get_json()["ActionStatus"] == "OK") == (status == 200)
+    assert status == 200 or answer.get_json()["ErrorInfo"]
+
+
+def test_unsigned_callbacks_are_accepted_only_if_allowed(make_app, sim):
+    client = make_app(im_callback_token=(), allow_unsigned=True).test_client()
+    event = sim.say("jared", "@RBT#001", "hi")
+    assert client.post("/im", json=event).status_code == 200
+    sim.wait(1)
+
+
+def test_tokens_can_be_rotated(make_app, sim):
+    caller = Caller(sim, make_app(im_callback_token=("new", TOKEN)).test_client())
+    assert caller.say("old token").status_code == 200
+    sim.token = "new"
+    assert caller.say("new token").status_code == 200
+
+
+def test_a_final_error_of_im_sets_the_message_aside(im, caplog):
+    im.sim.fault = lambda command, body: 20003
+    im.say("hello")
+    poll(lambda: im.client.get("/healthz").get_json()["failed"] == 1)
+    assert "20003" in caplog.text and "does not exist" in caplog.text
+    im.sim.fault = lambda command, body: None
+    im.say("next")
+    assert im.sim.wait(1)[0].text.startswith("You said: next")
+
+
+def test_a_command_within_a_text_is_none(im):
+    im.say("what does /help do?")
+    assert "You said" in im.sim.wait(1)[0].text
+
+
+def test_what_is_said_alone_never_reaches_a_group(im):
+    im.say("a secret")
+    im.sim.wait(1)
+    im.post(im.sim.say_in_group("jared", "@TGS#demo", "hello", ["@RBT#001"]))
+    im.sim.wait(2)
+    assert "a secret" not in json.dumps(im.sim.ai_requests[1])
+
+
+def test_strangers_are_told_once_and_not_answered(sim, make_app):
+    app = make_app(allow_users=("lin",), allow_groups=("@TGS#ours",))
+    im = Caller(sim, app.test_client())
+    for _ in range(3):
+        im.say("hello")
+    im.post(sim.say_in_group("lin", "@TGS#demo", "hello", ["@RBT#001"]))
+    im.say("hello", user="lin")
+    sim.wait(3)
+    poll(lambda: idle(im))
+    assert [m.text.split("，")[0] for m in sim.delivered if m.chat == "jared"] == [
+        "抱歉"
+    ]
+    assert len(sim.delivered) == 3 and len(sim.ai_requests) == 1
+
+
+def test_a_user_who_is_too_fast_is_told_once(sim, make_app):
+    im = Caller(sim, make_app(rate_limit=3).test_client())
+    for number in range(8):
+        im.say(str(number))
+    im.say("another user", user="lin")
+    poll(lambda: len(sim.delivered) == 5 and idle(im))
+    said = [m.text for m in sim.delivered if m.chat == "jared"]
+    assert [text[:11] for text in said if "You" in text] == [
+        f"You said: {number}" for number in range(3)
+    ]
+    assert ["太快" in text for text in said].count(True) == 1
+
+
+def test_pictures_go_to_services_that_see(sim, make_app, tmp_path):
+    picture = {
+        "MsgType": "TIMImageElem",
+        "MsgContent": {
+            "UUID": "u",
+            "ImageFormat": 1,
+            "ImageInfoArray": [
+                {
+                    "Type": 1,
+                    "Size": 9,
+                    "Width": 1,
+                    "Height": 1,
+                    "URL": "https://example.com/1",
+                },
+                {
+                    "Type": 2,
+                    "Size": 9,
+                    "Width": 1,
+                    "Height": 1,
+                    "URL": "https://example.com/2",
+                },
+            ],
+        },
+    }
+    im = Caller(sim, make_app().test_client())
+    im.say(MsgBody=[picture, *text_body("what is it?")])
+    sim.wait(1)
+    assert sim.ai_requests[0]["messages"][-1]["content"] == [
+        {"type": "text", "text": "what is it?"},
+        {"type": "image_url", "image_url": {"url": "https://example.com/2"}},
+    ]
+    another = (
+        f"sqlite:///{tmp_path}/another.db"  # else the first bot may take the question
+    )
+    app = make_app(ai_provider="deepseek", database_url=another)
+    im = Caller(sim, app.test_client())
+    im.say(MsgBody=[picture])
+    assert "图片" in sim.wait(2)[1].text
+    assert len(sim.ai_requests) == 1
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_what_the_bot_cannot_read_gets_a_friendly_sentence(im, kind):
+    im.say(MsgBody=[{"MsgType": kind, "MsgContent": {}}])
+    assert "看不懂" in im.sim.wait(1)[0].text
+    assert not im.sim.ai_requests
+
+
+def test_past_the_greatest_backlog_a_callback_is_refused_and_not_kept(
+    sim, make_app, caplog
+):
+    im = Caller(sim, make_app(max_backlog=5, rate_limit=0, catch_up=0).test_client())
+    sim.ai_delay = 1
+    codes = [im.say(str(number)).status_code for number in range(9)]
+    assert codes[0] == 200 and codes[-1] == 503
+    assert "MAX_BACKLOG" in caplog.text
+    sim.ai_delay = 0
+    poll(lambda: idle(im))
+    assert said_to(sim, "jared") == [str(n) for n in range(9) if codes[n] == 200]
+    poll(lambda: im.say("later").status_code == 200)
+    poll(lambda: "later" in said_to(sim, "jared"))
+
+
+def test_clear_leaves_no_text_on_disk(sim, make_app, tmp_path):
+    app = make_app()
+    im = Caller(sim, app.test_client())
+    im.say("the-text-of-a-user")
+    sim.wait(1)
+    poll(lambda: idle(im))
+    assert b"the-text-of-a-user" in stored(tmp_path)
+    im.say("/clear")
+    sim.wait(2)
+    poll(lambda: idle(im))
+    app.extensions["bot"].store.prune(86400)
+    assert b"the-text-of-a-user" not in stored(tmp_path)
+
+
+@pytest.mark.parametrize("turns", [20, 0])
+def test_a_callback_that_is_replayed_later_is_answered_once(sim, make_app, turns):
+    app = make_app(history_turns=turns)
+    im = Caller(sim, app.test_client())
+    events = [sim.say("jared", "@RBT#001", text) for text in ("once", "/clear")]
+    events.append(sim.say_in_group("jared", "@TGS#demo", "once", ["@RBT#001"]))
+    for event in events:
+        assert im.post(event).status_code == 200
+    sim.wait(3)
+    poll(lambda: idle(im))
+    app = make_app(history_turns=turns)  # and after a restart
+    for again in (im, Caller(sim, app.test_client())):
+        for event in events:
+            assert again.post(event).status_code == 200
+    im.say("afterwards")
+    poll(lambda: "afterwards" in said_to(sim, "jared") and idle(im))
+    assert len(sim.delivered) == 4 and len(sim.ai_requests) == 3
