@@ -303,3 +303,16 @@ def test_trouble_ends_when_the_last_page_is_left(sim):
     poll(lambda: not any(sim.trouble.values()))
     poll(lambda: not sim.unreachable)
     assert sim.fault("openim/sendmsg", {}) is None and not sim.visitors
+
+
+def test_another_sites_page_cannot_drive_the_stand_in(sim):
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+        for path in ("/", "/page"):
+            assert requests.get(sim.url + path, headers=headers).status_code == 403
+        for path in ("/page", "/v4/openim/sendmsg", "/v1/chat/completions"):
+            answer = requests.post(sim.url + path, headers=headers, data="{}")
+            assert answer.status_code in (401, 403) or answer.json()["ErrorCode"]
+    assert not sim.calls
+    page = requests.get(sim.url, headers={"Origin": sim.url})
+    assert page.status_code == 200
+    assert "unsafe" not in page.headers["Content-Security-Policy"]
