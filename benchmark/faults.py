@@ -7,7 +7,9 @@
     python -m benchmark.faults --seed 7             with other accidents
 
 The exit status is 0 if no message was lost, answered twice or out of order, mangled,
-left open, or given up though Tencent would have taken its answer. Linux only.
+left open, or given up though Tencent would have taken its answer; if no answer stands
+above its question or leaves a phone's input locked; and if every user heard something
+within five minutes. Linux only.
 
 A message whose callback failed has to be looked up and answered, too, but for what the
 bot cannot notice: callbacks that were lost while it was well (Tencent did not reach it,
@@ -41,6 +43,9 @@ MUST_BE_ZERO = (
     "misordered",
     "mangled",
     "left open",
+    "locked",
+    "above its question",
+    "told nothing",
     "left in the store",
     "failed unduly",
 )

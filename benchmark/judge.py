@@ -6,12 +6,17 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import zip_longest
+from math import inf
 
 from imbot.texts import TEXTS
-from simulator import Delivered
+from simulator import Delivered, KitChat, text_body
 
 from .load import question
+from .stage import MODES
 from .users import Chat, Outages
+
+UNLOCKING = ("custom", "card")  # modes in which no phone may stay locked
+LATE = 300.0  # seconds in which every message must be answered, or told why not
 
 REPLACED = TEXTS["en"]["replaced"]
 OWN_WORDS = "|".join(re.escape(text) for text in {*TEXTS["en"].values()} - {REPLACED})
@@ -22,15 +27,30 @@ ENDS = [f"] (question {turn} of our chat)" for turn in (1, 2, 3)]  # of what the
 
 @dataclass
 class Answer:
-    """An answer: what its messages show, joined."""
+    """An answer: its messages, and what they show, joined."""
 
     text: str
-    time: float  # of the last change
-    is_stream: bool
+    messages: list[Delivered]
+
+    def is_stream(self) -> bool:
+        """Return whether it began as a streaming message."""
+        return self.messages[0].is_stream()
 
     def ended(self) -> bool:
         """Return whether it is whole, or says that it is not."""
         return bool(NOTE.search(self.text)) or self.text.endswith((*ENDS, REPLACED))
+
+    def stays_locked(self) -> bool:
+        """Return whether a phone's input stays locked after it."""
+        phone = KitChat("phone")
+        phone.send(text_body("a question"))
+        for message in self.messages:
+            phone.show(message.key, message.elements)
+        return phone.locked
+
+    def is_above(self, place: tuple[int, int] | None) -> bool:
+        """Return whether clients sort a part of it above its question."""
+        return any(place and message.place <= place for message in self.messages)
 
     def number(self) -> int | None:
         """Return the question that it names, 0 if it only says that the AI failed."""
@@ -44,7 +64,7 @@ class Answer:
         """
         if self.text.endswith(REPLACED):
             return True
-        if not self.is_stream or self.ended() or not after:
+        if not self.is_stream() or self.ended() or not after:
             return False
         begun, whole = self.text, NOTE.sub("", after.text)
         return begun.startswith(whole) or whole.startswith(begun)
@@ -69,7 +89,10 @@ def judge_all(
         found.update(judge(chat, answers, chat.owed(outages)))
         found["begun again"] += len(begun) - len(answers)
         found["left open"] += sum(not message.closed for message in messages)
-        found["misordered"] += not chat.group and not in_order(messages)
+        if not chat.group:
+            found["misordered"] += not in_order(messages)
+            found.update(judge_on_phone(chat, answers))
+        found["told nothing"] += told_late(chat, answers)
         found["slowest"] = max(found["slowest"], slowest(chat, answers))
     return found
 
@@ -84,9 +107,10 @@ def answers_of(chat: Chat, shown: list[Delivered]) -> list[Answer]:
     for message in filter(lambda message: message.text, shown):
         joined = (found[-1].text if found else "") + message.text
         if found and not found[-1].ended() and fits(chat, joined):
-            found[-1].text, found[-1].time = joined, message.time
+            found[-1].text = joined
+            found[-1].messages.append(message)
         else:
-            found.append(Answer(message.text, message.time, message.is_stream()))
+            found.append(Answer(message.text, [message]))
     return found
 
 
@@ -131,13 +155,32 @@ def judge(chat: Chat, answers: list[Answer], owed: set[int]) -> Counter[str]:
     return found
 
 
+def judge_on_phone(chat: Chat, answers: list[Answer]) -> Counter[str]:
+    """Count what is wrong with answers one-to-one as Tencent's clients show them."""
+    places = chat.places
+    above = sum(one.is_above(places.get(one.number() or 0)) for one in answers)
+    unlocks = MODES.get(chat.robot) in UNLOCKING
+    locked = sum(unlocks and one.stays_locked() for one in answers)
+    return Counter({"above its question": above, "locked": locked})
+
+
+def told_late(chat: Chat, answers: list[Answer]) -> int:
+    """Count the messages of whose answer nothing came for long; lost are others."""
+    since = chat.lost | chat.acknowledged
+    waits = (
+        one.messages[0].said - since.get(one.number() or 0, inf) for one in answers
+    )
+    return sum(wait > LATE for wait in waits)
+
+
 def in_order(shown: list[Delivered]) -> bool:
     """Return whether clients, which sort a second by MsgSeq, show it as it was sent."""
-    order = [(int(message.born), message.number) for message in shown]
+    order = [message.place for message in shown]
     return order == sorted(order)
 
 
 def slowest(chat: Chat, answers: list[Answer]) -> int:
     """Return the seconds the slowest answer took after its acknowledgement."""
-    times = [(one.time, chat.acknowledged.get(one.number() or 0)) for one in answers]
-    return int(max((end - began for end, began in times if began), default=0))
+    since = chat.acknowledged
+    ends = ((one.messages[-1].time, since.get(one.number() or 0)) for one in answers)
+    return int(max((end - began for end, began in ends if began), default=0))

@@ -17,6 +17,7 @@ Database = SQLiteFile | PostgresServer
 
 MODES = {
     "@RBT#whole": "whole",
+    "@RBT#card": "card",
     "@RBT#modify": "modify",
     "@RBT#custom": "custom",
     "@RBT#stream": "stream",

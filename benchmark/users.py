@@ -26,7 +26,8 @@ Outages = Sequence[tuple[float, float]]  # when they began and ended, Unix secon
 class Chat:
     """One conversation: what was asked in it, and when that was acknowledged or lost.
 
-    A question is lost if its callback brought no 200.
+    A question is lost if its callback brought no 200. Its place is what clients sort
+    it by: MsgTime, then MsgSeq.
     """
 
     user: str
@@ -37,6 +38,7 @@ class Chat:
     lost: dict[int, float] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)  # of those: the bot said so
     again: list[Any] = field(default_factory=list)  # callbacks to deliver once more
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)  # one-to-one
 
     def owed(self, outages: Outages | None) -> set[int]:
         """Return the questions that have to be answered.
@@ -115,6 +117,8 @@ class Users:
         """Ask the next question; return whether Tencent could tell the bot."""
         number = chat.asked + 1
         event = self._event(chat, f"question [{number}]")
+        if not chat.group:
+            chat.places[number] = event["MsgTime"], event["MsgSeq"]
         chat.lost[number] = time.time()
         chat.asked = number
         try:

@@ -13,6 +13,7 @@ Simulator), bot.
 
 from .ai import actor, ai_error
 from .bot import BotProcess, free_port, interrupt_on_signals, lifeline, running
+from .kits import KitChat
 from .messages import Delivered, Json, c2c_event, group_event, text_body
 from .page import PACE
 from .server import Simulator
@@ -25,6 +26,7 @@ __all__ = [
     "BotProcess",
     "Delivered",
     "Json",
+    "KitChat",
     "Refused",
     "Simulator",
     "actor",

@@ -352,8 +352,10 @@ class Tencent(History):
             robot, source = item.get("To_Account"), str(item.get("AddSource"))
             if not source.startswith("AddSource_Type_"):
                 raise Refused(30001, "AddSource is wrong")
-            code = 0 if robot in self.robots else 30003
-            if not code:
+            code = 30520 if robot in self.friends[user] else 0
+            if robot not in self.robots:
+                code = 30003
+            else:
                 self.friends[user].add(robot)
             found.append({"To_Account": robot, "ResultCode": code, "ResultInfo": ""})
         failed = [item["To_Account"] for item in found if item["ResultCode"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -111,6 +112,7 @@ def judged(*shown, chat=None, group="", outages=None):
         body = {"MsgBody": stream if text[:1] == "~" else text_body(text)}
         message = Delivered("@RBT#x", group or "jared", number, body)
         message.show(text.removeprefix("~"), closed=True)
+        message.said = 0.0  # at once
         delivered.append(message)
     found = judge_all([chat], delivered, outages)
     unasked = ("slowest", "begun again")
@@ -201,6 +203,55 @@ def test_the_judge_sorts_as_a_client_does():
     assert judge_all([chat], [first, second])["misordered"] == 1
     second.born = 11.0
     assert judge_all([chat], [first, second])["misordered"] == 0
+
+
+def card(text, **fields):
+    data = {"chatbotPlugin": 2, "src": 2, "chunks": [text], "isFinished": 1, **fields}
+    content = {"Data": json.dumps(data), "Desc": "…"}
+    return [{"MsgType": "TIMCustomElem", "MsgContent": content}]
+
+
+@pytest.mark.parametrize(
+    ("robot", "shown", "locked"),
+    [
+        ("@RBT#card", [card(said(1)), card(said(2, 2))], 0),
+        ("@RBT#card", [text_body(said(1)), card(said(2, 2))], 1),
+        ("@RBT#custom", [text_body(BUSY), text_body(said(2))], 2),
+        ("@RBT#custom", [card(said(1), isFinished=0), card(said(2))], 1),
+        ("@RBT#custom", [card(said(1)[:30]), text_body(said(1)[30:])], 0),
+        ("@RBT#whole", [text_body(said(1)), text_body(said(2, 2))], 0),
+    ],
+)
+def test_the_judge_knows_whose_phone_stays_locked(robot, shown, locked):
+    chat, delivered = Chat("jared", robot, "", 2, {1: 0.0, 2: 0.0}), []
+    for number, elements in enumerate(shown):
+        message = Delivered(robot, "jared", number, {"MsgBody": elements}, key=number)
+        message.draw(elements, is_growing=False)
+        delivered.append(message)
+    assert judge_all([chat], delivered)["locked"] == locked
+    chat.group = "@TGS#demo"  # there nothing locks
+    assert judge_all([chat], delivered)["locked"] == 0
+
+
+@pytest.mark.parametrize(
+    ("born", "number", "above"),
+    [(9.9, 99, 1), (10.1, 3, 1), (10.1, 7, 1), (10.9, 8, 0), (11.0, 1, 0)],
+)
+def test_the_judge_knows_what_clients_show_above_its_question(born, number, above):
+    chat = Chat("jared", "@RBT#x", "", 1, {1: 10.0}, places={1: (10, 7)})
+    body = {"MsgBody": text_body("")}
+    message = Delivered("@RBT#x", "jared", number, body, born=born)
+    message.show(said(1), closed=True)
+    assert judge_all([chat], [message])["above its question"] == above
+
+
+def test_the_judge_knows_who_was_told_nothing_for_five_minutes():
+    chat = Chat("jared", "@RBT#x", "", 1, {1: 1000.0})
+    message = Delivered("@RBT#x", "jared", 1, {"MsgBody": text_body("")})
+    message.show(said(1), closed=True)
+    for at, count in ((1299.0, 0), (1301.0, 1)):
+        message.said = at
+        assert judge_all([chat], [message])["told nothing"] == count
 
 
 @pytest.mark.slow
