@@ -7,6 +7,7 @@ terminal, fill a disk, or show a secret of ours.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 
@@ -41,7 +42,7 @@ class Secrets:
                 in_json = {
                     json.dumps(secret, ensure_ascii=a)[1:-1] for a in (False, True)
                 }
-                quoted = {repr(secret)[1:-1], repr(secret.encode())[2:-1], *in_json}
+                quoted = {repr(secret)[1:-1], repr(os.fsencode(secret))[2:-1], *in_json}
                 forms |= {secret, *quoted, *(q.replace("/", "\\/") for q in quoted)}
         longest_first = sorted(map(re.escape, forms), key=len, reverse=True)
         self._pattern = re.compile("|".join(longest_first) or r"(?!)", re.IGNORECASE)

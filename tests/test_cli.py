@@ -1,54 +1,68 @@
-"""The commands of `flask --app botserver`, each in a process of its own."""
+"""The commands of `flask --app botserver`, run in this process."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 
 import pytest
-import requests
-from conftest import HERE, poll
+from click.testing import CliRunner
+from conftest import FAST, Caller, poll
+from flask.cli import FlaskGroup
 
-from simulator import KEY, BotProcess, check_user_sig
+from botserver import create_app
+from simulator import KEY, check_user_sig
+from simulator.bot import bot_settings
+
+QUICK = replace(FAST, watch=0.3, call_timeout=2.0)
 
 
 @pytest.fixture
-def flask(sim, tmp_path):
+def flask(sim, tmp_path, monkeypatch):
     """Return a function that runs a command of `flask --app botserver`."""
-    env = BotProcess(sim, str(tmp_path)).env
+    monkeypatch.setenv("FLASK_RUN_FROM_CLI", "")  # which FlaskGroup sets
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    env = bot_settings(sim) | {"DATABASE_URL": f"sqlite:///{tmp_path}/bot.db"}
+    group = FlaskGroup(create_app=partial(create_app, timing=QUICK), load_dotenv=False)
 
     def run(*words, **settings):
-        settings = {name: str(value) for name, value in settings.items()}
-        return subprocess.run(
-            [sys.executable, "-m", "flask", "--app", "botserver", *words],
-            cwd=HERE,
-            env={**env, **settings},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        changed = {name: str(value) for name, value in settings.items()}
+        done = CliRunner().invoke(group, words, env=env | changed)
+        assert isinstance(done.exception, SystemExit | None), done.exception
+        return done
 
     return run
 
 
+@pytest.fixture
+def bot(sim, make_app):
+    """A bot that works on the database of the commands; its log is in caplog."""
+    return Caller(sim, make_app(timing=QUICK, reply_mode="modify").test_client())
+
+
 def test_robots_are_made_listed_and_deleted_by_command(sim, flask):
     done = flask("create-robot", "@RBT#cli", "--nick", "Clio")
-    assert done.returncode == 0 and sim.robots["@RBT#cli"] == "Clio", done.stderr
-    assert "accepted; @RBT#001, @RBT#002, @RBT#cli\n" in flask("doctor").stdout
-    assert flask("delete-robot", "@RBT#cli").returncode == 0
+    assert done.exit_code == 0 and sim.robots["@RBT#cli"] == "Clio", done.stderr
+    listed = "IM_KEY is accepted; the robots are @RBT#001, @RBT#002, @RBT#cli\n"
+    assert listed in flask("doctor").stdout
+    assert flask("delete-robot", "@RBT#cli").exit_code == 0
     assert "@RBT#cli" not in sim.robots
     done = flask("create-robot", "robot")
-    assert done.returncode == 1
-    assert "must start with @RBT#" in done.stderr and "Traceback" not in done.stderr
+    assert done.exit_code == 1
+    assert "must start with @RBT#" in done.stderr
     done = flask("create-robot", "@RBT#x", IM_KEY="wrong")
-    assert done.returncode == 1 and "IM_KEY is not the key" in done.stderr
+    assert done.exit_code == 1 and "IM_KEY is not the key" in done.stderr
 
 
 def test_a_robot_that_is_made_by_command_can_be_written_to(im, flask):
-    assert flask("create-robot", "@RBT#new", "--nick", "Newcomer").returncode == 0
+    assert flask("create-robot", "@RBT#new", "--nick", "Newcomer").exit_code == 0
     robots = dict(im.sim.robots)
-    assert flask("create-robot", "@RBT#new", "--nick", "Newcomer").returncode == 0
+    assert flask("create-robot", "@RBT#new", "--nick", "Newcomer").exit_code == 0
     assert im.sim.robots == robots
     im.say("welcome", robot="@RBT#new")
     assert im.sim.wait(1)[0].robot == "@RBT#new"
@@ -57,7 +71,7 @@ def test_a_robot_that_is_made_by_command_can_be_written_to(im, flask):
 @pytest.mark.parametrize("name", ["dify", "adp"])
 def test_a_platform_can_be_checked_by_command(sim, flask, name):
     done = flask("doctor", AI_PROVIDER=name, AI_SECRET_KEY="wrong")
-    assert done.returncode == 1 and "FAIL AI" in done.stdout
+    assert done.exit_code == 1 and "FAIL AI" in done.stdout
     assert re.search("code (unauthorized|4505004)", done.stdout)
     assert "wrong" not in done.stdout
     assert f"answers: {name} in " in flask("doctor", AI_PROVIDER=name).stdout
@@ -73,51 +87,66 @@ def test_a_usersig_is_made_by_command(flask):
 )
 def test_a_mistyped_command_is_told(flask, words):
     done = flask(*words.split())
-    assert done.returncode == 2
-    assert "Error: " in done.stderr and "Traceback" not in done.stderr
+    assert done.exit_code == 2
+    assert "Error: " in done.stderr
 
 
-def test_what_failed_is_listed_and_put_back_by_command(sim, flask, tmp_path):
+def test_a_robot_becomes_a_friend_by_command(sim, flask):
+    done = flask("befriend", "@RBT#001", "jared", "nobody", "lin")
+    assert (sim.friends["jared"], sim.friends["lin"]) == ({"@RBT#001"}, {"@RBT#001"})
+    assert done.exit_code == 1
+    assert done.stderr.startswith("nobody: sns/friend_add failed with 30003")
+    assert done.stdout.count("is a friend of") == 2
+    done = flask("befriend", "@RBT#009", "jared")
+    assert done.exit_code == 1 and "does not exist" in done.stderr
+    assert flask("befriend", "@RBT#001", "jared").exit_code == 0
+    assert flask("befriend", "@RBT#001").exit_code == 2
+
+
+def test_what_failed_is_listed_and_put_back_by_command(sim, flask, bot, caplog):
+    caplog.set_level("INFO")
     sim.fault = lambda command, body: 20003
-    bot = BotProcess(sim, str(tmp_path)).start()
-    try:
-        sim.say("jared", "@RBT#001", "hello")
-        health = f"{bot.url}/healthz"
-        poll(lambda: requests.get(health).json()["failed"] == 1)
-        done, id = flask("failed"), r"@RBT#001 jared \d+ \d+ \d+"
-        assert re.match(r"\d+  \d+ s ago: .*20003", done.stdout)
-        assert re.search(f" message {id} failed: ", bot.log.read_text())
-        sim.fault = lambda command, body: None
-        assert flask("retry", "99").stdout == "0 put back.\n"
-        assert flask("retry", done.stdout.split()[0]).stdout == "1 put back.\n"
-        assert sim.wait(1)[0].text == "You said: hello (question 1 of our chat)"
-        assert flask("failed").stdout == "No message was given up.\n"
-    finally:
-        bot.stop()
+    bot.say("hello")
+    poll(lambda: bot.client.get("/healthz").get_json()["failed"] == 1)
+    done = flask("failed")
+    assert re.match(r"\d+  \d+ s ago: .*20003", done.stdout)
+    assert re.search(r"@RBT#001\s+jared\s.* failed: .*20003", caplog.text)
+    sim.fault = lambda command, body: None
+    done, number = flask("retry", "99"), done.stdout.split()[0]
+    assert done.exit_code == 1 and "no message with such a number" in done.stderr
+    assert flask("retry", number).stdout == "1 put back.\n"
+    assert sim.wait(1)[0].text == "You said: hello (question 1 of our chat)"
+    assert flask("failed").stdout == "No message was given up.\n"
+    assert flask("retry").stdout == "0 put back.\n"
 
 
-@pytest.fixture
-def bot(sim, tmp_path):
-    bot = BotProcess(sim, str(tmp_path), REPLY_MODE="modify").start()
-    yield bot
-    bot.stop()
+def test_the_reasons_of_what_failed_are_a_line_each(sim, flask, bot, tmp_path):
+    sim.fault = lambda command, body: 20003
+    bot.say("hello")
+    poll(lambda: bot.client.get("/healthz").get_json()["failed"] == 1)
+    forged = "why\n7  3 s ago: forged\x1b[2J" + "x" * 9000
+    with closing(sqlite3.connect(tmp_path / "bot.db")) as other, other:
+        other.execute("UPDATE message SET reason = ? WHERE reason <> ''", [forged])
+    [line] = flask("failed").stdout.splitlines()
+    assert "why\\n7  3 s ago: forged\\x1b[2J" in line and len(line) < 600
 
 
 def test_a_robot_writes_first_and_the_ai_knows_of_it(sim, flask, bot):
+    flask = partial(flask, REPLY_MODE="modify")
     text = "Your order is on its way. " * 700
     done = flask("say", "@RBT#001", "jared", text)
-    assert (done.returncode, done.stdout) == (0, "Sent.\n")
+    assert (done.exit_code, done.stdout) == (0, "Sent.\n")
     parts = [message.text for message in sim.wait(3)]
     assert "".join(parts).split() == text.split() and len(parts) == 3
-    assert flask("say", "@RBT#001", "@TGS#demo", "Good morning").returncode == 0
+    assert flask("say", "@RBT#001", "@TGS#demo", "Good morning").exit_code == 0
     sim.groups["own-id"] = {"jared"}
-    assert flask("say", "@RBT#001", "own-id", "Hi", "--group").returncode == 0
+    assert flask("say", "@RBT#001", "own-id", "Hi", "--group").exit_code == 0
     told = [(message.chat, message.text) for message in sim.delivered[3:]]
     assert told == [("@TGS#demo", "Good morning"), ("own-id", "Hi")]
     assert all(message.closed for message in sim.delivered)
     assert not sim.ai_requests
-    sim.say("jared", "@RBT#001", "when?")
-    sim.say_in_group("lin", "@TGS#demo", "hello", ["@RBT#001"])
+    bot.say("when?")
+    bot.post(sim.say_in_group("lin", "@TGS#demo", "hello", ["@RBT#001"]))
     sim.wait(7, closed=True)
     asked = [request["messages"][1:] for request in sim.ai_requests]
     assert [[turn["role"] for turn in turns] for turns in asked] == [
@@ -127,39 +156,41 @@ def test_a_robot_writes_first_and_the_ai_knows_of_it(sim, flask, bot):
     assert {turns[0]["content"] for turns in asked} == {text, "Good morning"}
 
 
-def test_what_a_robot_cannot_write_is_told_to_the_operator_alone(sim, flask, bot):
+def test_what_a_robot_cannot_write_is_told_to_the_operator_alone(
+    sim, flask, bot, caplog
+):
+    caplog.set_level("DEBUG")
     for robot, to, says in [
-        ("robot", "jared", "starts with @RBT#"),
+        ("robot", "jared", "ROBOT must start with @RBT#"),
         ("@RBT#001", "nobody", "90012"),
         ("@RBT#009", "jared", "the robot does not exist"),
         ("@RBT#001", "@TGS#none", "the group does not exist"),
     ]:
         done = flask("say", robot, to, "the-text")
-        assert done.returncode == 1 and says in done.stderr
-        assert "Traceback" not in done.stderr
+        assert done.exit_code == 1 and says in done.stderr
     sim.fault = lambda command, body: 80001 if "the-text" in str(body) else None
     done = flask("say", "@RBT#001", "jared", "the-text")
-    assert done.returncode == 1 and "sensitive-word filter" in done.stderr
+    assert done.exit_code == 1 and "sensitive-word filter" in done.stderr
     assert not sim.delivered
     assert flask("failed").stdout.count("\n") == 4
-    assert "the-text" not in bot.log.read_text()
+    assert "the-text" not in caplog.text
 
 
-def test_what_a_robot_writes_while_no_server_runs_waits(sim, flask, tmp_path):
+def test_what_a_robot_writes_while_no_server_runs_waits(sim, flask, make_app):
     done = flask("say", "@RBT#001", "jared", "later")
-    assert (done.returncode, done.stdout[:9]) == (0, "It waits,")
-    bot = BotProcess(sim, str(tmp_path)).start()
-    try:
-        assert sim.wait(1)[0].text == "later"
-    finally:
-        bot.stop()
+    assert (done.exit_code, done.stdout[:13]) == (0, "It is queued:")
+    make_app()
+    assert sim.wait(1)[0].text == "later"
 
 
 def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
     done = flask("doctor")
-    assert done.returncode == 0, done.stdout
+    assert done.exit_code == 0, done.stdout
     assert done.stdout.count("ok  ") == 6 and "FAIL" not in done.stdout
-    assert "/im" in done.stdout
+    assert "accepted if signed with the token IM_CALLBACK_TOKEN" in done.stdout
+    assert "https://<this server>/im" in done.stdout
+    done = flask("doctor", IM_CALLBACK_TOKEN="old-token,new-token")
+    assert "one of the 2 tokens of IM_CALLBACK_TOKEN" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -167,11 +198,17 @@ def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
     [
         ({"IM_SDKAPPID": ""}, "IM_SDKAPPID is missing"),
         ({"IM_CALLBACK_TOKEN": ""}, "IM_CALLBACK_TOKEN is missing"),
-        ({"IM_CALLBACK_TOKEN": "", "ALLOW_UNSIGNED": 1}, "anybody can spend"),
-        ({"IM_KEY": "wrong"}, "70009"),
-        ({"IM_SDKAPPID": 1400000009}, "70020"),
-        ({"IM_ADMIN": "jared"}, "60010"),
-        ({"IM_API_URL": "http://127.0.0.1:1"}, "no answer (ConnectionError)"),
+        ({"IM_CALLBACK_TOKEN": "", "ALLOW_UNSIGNED": 1}, "set IM_CALLBACK_TOKEN"),
+        ({"IM_KEY": "wrong"}, "70009: "),
+        ({"IM_KEY": "wrong"}, "IM_KEY is not the key of this app"),
+        ({"IM_SDKAPPID": 1400000009}, "IM_SDKAPPID is not a valid app"),
+        ({"IM_ADMIN": "jared"}, "IM_ADMIN is not an admin of this app"),
+        (
+            {"IM_API_URL": "http://127.0.0.1:1"},
+            "(ConnectionError): check IM_API_URL",
+        ),
+        ({"IM_API_URL": "http://127.0.0.1:1"}, "not tell the time (ConnectionError): "),
+        ({"fault": 70003}, "check IM_SDKAPPID, IM_KEY, IM_ADMIN, IM_API_URL"),
         ({"AI_SECRET_KEY": "wrong"}, "2049"),
         ({"AI_BASE_URL": "http://127.0.0.1:1"}, "ConnectionError"),
         ({"AI_PROVIDER": "nobody"}, "AI_PROVIDER must be one of"),
@@ -181,9 +218,9 @@ def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
         ),
         ({"fault": 60026}, "set IM_API_URL to that region's domain"),
         ({"fault": 60020}, "the package has expired or is unpaid"),
-        ({"robots": {}}, "there is no robot yet"),
-        ({"skew": 3600}, "this server's clock is"),
-        ({"ROBOTS": "/nowhere.toml"}, "/nowhere.toml, which is not there"),
+        ({"robots": {}}, "the app has no robot yet: create-robot @RBT#001"),
+        ({"skew": 3600}, "this server's clock is -3600 s off"),
+        ({"ROBOTS": "/nowhere.toml"}, "/nowhere.toml, which does not exist"),
     ],
     ids=str,
 )
@@ -194,6 +231,22 @@ def test_the_doctor_names_the_fault(sim, flask, settings, says):
     sim.robots = settings.pop("robots", sim.robots)
     sim.skew = settings.pop("skew", 0)
     done = flask("doctor", **settings)
-    assert done.returncode != 0
+    assert done.exit_code != 0
     assert says in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+
+
+def test_the_doctor_names_the_robot_that_must_be_created(flask, tmp_path):
+    file = tmp_path / "personas.toml"
+    file.write_text('["@RBT#009"]\nnick = "Nine"\n')
+    done = flask("doctor", ROBOTS=file)
+    assert done.exit_code == 1
+    assert "@RBT#009 of ROBOTS does not exist: create-robot @RBT#009" in done.stdout
+
+
+def test_the_doctor_says_what_is_switched_off(flask):
+    assert "stays unanswered (CATCH_UP=0)" in flask("doctor", CATCH_UP=0).stdout
+
+
+def test_the_doctor_names_the_setting_that_was_meant(flask):
+    done = flask("doctor", AI_MODLE="x")
+    assert "AI_MODLE is not a setting: do you mean AI_MODEL?" in done.stdout

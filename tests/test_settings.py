@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import Any, Literal
 
 import pytest
-from conftest import HERE
 
-import providers
-from imbot.settings import Persona, Settings, SettingsError, misspelt
-from simulator import BotProcess
+from botserver import REPLIES, Settings
+from imbot.settings import ADDRESS, Persona, SettingsError, misspelt, setting
+from providers import PROVIDERS
+
+
+def read(env, cls=Settings):
+    """Return the settings of an environment."""
+    return cls.from_env(PROVIDERS, REPLIES, env)
 
 
 def test_every_missing_or_wrong_setting_is_named_at_once():
@@ -24,16 +29,16 @@ def test_every_missing_or_wrong_setting_is_named_at_once():
         "IM_API_URL": "console.tim.qq.com",
     }
     with pytest.raises(SettingsError) as caught:
-        Settings.from_env(env)
+        read(env)
     for name in (*env, "IM_CALLBACK_TOKEN"):
         assert name in str(caught.value)
     assert "minimax" in str(caught.value)  # the names that would be right
     with pytest.raises(SettingsError, match="AI_SECRET_KEY is missing"):
-        Settings.from_env({"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"})
+        read({"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"})
 
 
 def test_settings_are_read_and_secrets_are_not_shown():
-    config = Settings.from_env(
+    config = read(
         {
             "IM_SDKAPPID": "1400000000",
             "IM_KEY": "the key\n",
@@ -52,47 +57,20 @@ def test_settings_are_read_and_secrets_are_not_shown():
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"IM_KEY": "", "AI_TIMEOUT": "x"},
-        {"DATABASE_URL": "sqlite:////"},
-        {"DATABASE": "bot.db", "REDIS_URL": "redis://x"},
-    ],
-)
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_wrong_setting_stops_the_start_and_is_all_that_is_said(
-    sim, tmp_path, settings, workers
-):
-    bot = BotProcess(sim, str(tmp_path), WEB_CONCURRENCY=workers, **settings).launch()
-    assert bot.wait(20) == 3
-    said = [line for line in bot.log.read_text().splitlines() if line]
-    assert said[0].startswith(("The settings are not complete", "DATABASE_URL"))
-    assert len(said) == (1 if "DATABASE_URL" in settings else len(settings) + 1)
-    assert all(name in "".join(said) for name in settings)
-
-
-def test_a_bot_started_in_another_folder_says_what_is_wrong_or_starts(sim, tmp_path):
-    """gunicorn does not find gunicorn.conf.py there."""
-    bot = BotProcess(sim, str(tmp_path))
-    bot.command[-1:], bot.folder = ["--chdir", str(HERE), bot.command[-1]], tmp_path
-    key, bot.env["IM_KEY"] = bot.env["IM_KEY"], ""
-    assert bot.launch().wait(20) == 3
-    assert "IM_KEY is missing." in bot.log.read_text()
-    bot.env["IM_KEY"] = key
-    bot.start().stop()
-
-
-@pytest.mark.parametrize(
     ("toml", "says"),
     [
         ('[robot]\nnick = "x"', "robot is not a robot"),
         ('["@RBT#1"]\ncolour = "x"', "unknown key colour"),
         ('["@RBT#1"]\nprovider = "nobody"', "@RBT#1: provider must be one of: minimax"),
         ('["@RBT#1"]\nreply_mode = 5', "@RBT#1: reply_mode must be a text"),
-        ('["@RBT#1"]\nsecret_key_env = "app-key"', "must be the name of a variable"),
+        (
+            '["@RBT#1"]\nsecret_key_env = "app-key"',
+            "must be the name of an environment variable",
+        ),
         ('["@RBT#1"]\nbase_url = "dify.local"', "base_url must be an address"),
         ("[", "cannot be read"),
-        (None, "is not there"),
+        (None, "which does not exist"),
+        ('["@RBT#1"]\nmodel = false', "@RBT#1: model must be a text in quotes"),
     ],
 )
 def test_a_wrong_robots_file_stops_the_start(tmp_path, toml, says):
@@ -100,7 +78,7 @@ def test_a_wrong_robots_file_stops_the_start(tmp_path, toml, says):
     if toml:
         file.write_text(toml)
     with pytest.raises(SettingsError, match=re.escape(says)):
-        Settings.from_env({"ROBOTS": str(file)})
+        read({"ROBOTS": str(file)})
 
 
 TWO_APPS = """
@@ -120,12 +98,13 @@ def test_each_persona_has_the_key_of_its_own_app(tmp_path):
     file.write_text(TWO_APPS)
     env = {**WHOLE, "ROBOTS": str(file), "AI_SECRET_KEY": "main"}
     with pytest.raises(SettingsError) as caught:
-        Settings.from_env(env | {"AI_BASE_URL": "https://here/v1"})
+        read(env | {"AI_BASE_URL": "https://here/v1"})
     for name in ("AI_SECRET_KEY_DIFY", "AI_SECRET_KEY_SALES"):
         assert f"{name} is missing: the AI service dify needs one." in str(caught.value)
     keys = {"AI_SECRET_KEY_DIFY": "key one", "AI_SECRET_KEY_SALES": "key two"}
-    ours = Settings.from_env(env | keys)
-    asked = [ours.provider(ours.persona(f"@RBT#{n}")) for n in (1, 2, 3, 4)]
+    ours = read(env | keys)
+    personas = [ours.persona(f"@RBT#{n}") for n in (1, 2, 3, 4)]
+    asked = [ours.provider(persona, PROVIDERS) for persona in personas]
     assert [(p.key, p.url) for p in asked] == [
         ("key one", "https://api.dify.ai/v1"),
         ("key two", "https://dify.example.com/v1"),
@@ -136,20 +115,10 @@ def test_each_persona_has_the_key_of_its_own_app(tmp_path):
     assert misspelt(env | keys) and not misspelt(env | keys, ours.ai_secret_keys)
 
 
-def test_a_service_whose_file_is_gone_is_named(monkeypatch):
-    monkeypatch.setitem(providers.PROVIDERS, "lost", "nowhere:LOST")
-    with pytest.raises(
-        SettingsError, match="lost is nowhere:LOST, which cannot be load"
-    ):
-        config.load(providers.PROVIDERS, "lost")
-
-
 def test_a_robots_file_saved_by_windows_notepad_is_read(tmp_path):
     file = tmp_path / "personas.toml"
     file.write_text('["@RBT#1"]\nnick = "小明"', "utf-8-sig")
-    assert (
-        Settings.from_env(WHOLE | PROXY | {"ROBOTS": str(file)}).robots["@RBT#1"].nick
-    )
+    assert read(WHOLE | PROXY | {"ROBOTS": str(file)}).robots["@RBT#1"].nick
 
 
 WHOLE = {"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"}
@@ -157,21 +126,21 @@ PROXY = {"AI_BASE_URL": "http://localhost:4000/v1"}
 
 
 def test_an_address_without_a_provider_is_a_service_without_fields_of_any_vendor():
-    config = Settings.from_env({**WHOLE, **PROXY, "AI_MODEL": "mock"})
-    provider = config.provider(Persona())
+    config = read({**WHOLE, **PROXY, "AI_MODEL": "mock"})
+    provider = config.provider(Persona(), PROVIDERS)
     assert config.ai_provider == "openai-compatible"
     assert provider.url == PROXY["AI_BASE_URL"]
     body = provider.body(messages=[])
     assert body.keys() == {"messages", "model", "max_tokens"}
-    assert "model" not in Settings.from_env(WHOLE | PROXY).provider(Persona()).body()
+    assert "model" not in read(WHOLE | PROXY).provider(Persona(), PROVIDERS).body()
     named = {**WHOLE, **PROXY, "AI_PROVIDER": "zhipu", "AI_SECRET_KEY": "k"}
-    assert Settings.from_env(named).ai_provider == "zhipu"
+    assert read(named).ai_provider == "zhipu"
 
 
 def test_a_service_without_an_address_needs_one():
     with pytest.raises(SettingsError, match="AI_BASE_URL is missing"):
-        Settings.from_env({**WHOLE, "AI_PROVIDER": "openai-compatible"})
-    assert Settings.from_env({**WHOLE, "AI_PROVIDER": "echo"}).ai_provider == "echo"
+        read({**WHOLE, "AI_PROVIDER": "openai-compatible"})
+    assert read({**WHOLE, "AI_PROVIDER": "echo"}).ai_provider == "echo"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +155,8 @@ def test_a_service_without_an_address_needs_one():
     ],
 )
 def test_a_misspelt_setting_is_named_with_the_nearest(wrong, right):
-    (line,) = misspelt({wrong: "secret", "AI_SECRET_KEY_DEEPSEEK": "k", **WHOLE})
+    keys = {"AI_SECRET_KEY_DEEPSEEK": "k"}
+    (line,) = misspelt({wrong: "secret", **keys, **WHOLE}, keys)
     assert line == f"{wrong} is not a setting: do you mean {right}?"
 
 
@@ -203,7 +173,7 @@ def test_variables_of_other_programs_are_not_taken_for_settings():
 def test_a_misspelt_setting_is_named_when_the_start_fails_for_it():
     env = {"IM_SDKAPPID": "1", "IM_KYE": "secret", "ALLOW_UNSIGNED": "1", **PROXY}
     with pytest.raises(SettingsError) as caught:
-        Settings.from_env(env)
+        read(env)
     assert "IM_KEY is missing.\nIM_KYE is not a setting" in str(caught.value)
     assert "secret" not in str(caught.value)
 
@@ -214,3 +184,97 @@ def test_a_misspelt_setting_is_named_in_the_log_of_the_start(
     monkeypatch.setenv("AI_MODLE", "mock")
     make_app()
     assert "AI_MODLE is not a setting: do you mean AI_MODEL?" in caplog.messages
+
+
+class Forked(Settings):
+    open_from: int = setting(9, low=0, high=23)
+    price: float = setting(0.5, low=0)
+    greets: bool = setting(True)
+    words: tuple[str, ...] = setting(())
+    table: dict[str, Any] = setting(dict)
+    colour: Literal["red", "green"] = setting("red")
+    webhook: str = setting("", form=ADDRESS)
+    webhook_key: str = setting("", secret=True)
+    plain: int = 3
+
+
+GOOD = {
+    "OPEN_FROM": "0",
+    "PRICE": "2",
+    "GREETS": "no",
+    "WORDS": " a, b ,,",
+    "TABLE": '{"a": [1]}',
+    "COLOUR": "green",
+    "WEBHOOK": "https://example.com/hook",
+    "WEBHOOK_KEY": "the-secret-of-the-hook",
+    "PLAIN": "-4",
+}
+
+
+def test_a_fork_adds_settings_of_every_type():
+    read_ones = vars(read(WHOLE | PROXY | GOOD, Forked))
+    assert {name: read_ones[name.lower()] for name in GOOD} == {
+        "OPEN_FROM": 0,
+        "PRICE": 2.0,
+        "GREETS": False,
+        "WORDS": ("a", "b"),
+        "TABLE": {"a": [1]},
+        "COLOUR": "green",
+        "WEBHOOK": "https://example.com/hook",
+        "WEBHOOK_KEY": "the-secret-of-the-hook",
+        "PLAIN": -4,
+    }
+    unset = read(WHOLE | PROXY | dict.fromkeys(GOOD, " "), Forked)
+    assert (unset.open_from, unset.greets, unset.table, unset.plain) == (9, True, {}, 3)
+
+
+def test_a_secret_of_a_fork_is_not_shown_and_hidden_in_the_log():
+    settings = read(WHOLE | PROXY | GOOD, Forked)
+    assert "the-secret-of-the-hook" not in repr(settings)
+    assert "open_from=0" in repr(settings)
+    assert "the-secret-of-the-hook" in settings.secrets()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "says"),
+    [
+        ("OPEN_FROM", "24", "a whole number of at least 0 and at most 23"),
+        ("OPEN_FROM", "1.5", "a whole number of at least 0 and at most 23"),
+        ("PRICE", "-1", "a number of at least 0"),
+        ("PRICE", "inf", "a number of at least 0"),
+        ("GREETS", "maybe", "0 or 1"),
+        ("TABLE", "[1]", "a JSON object"),
+        ("TABLE", "{", "a JSON object"),
+        ("COLOUR", "blue", "one of: red, green"),
+        ("WEBHOOK", "example.com", "an address with https:// or http://"),
+        ("WEBHOOK", "https://[::1", "an address with https:// or http://"),
+        ("PLAIN", "x", "a whole number"),
+        ("HISTORY_TURNS", "51", "a whole number of at least 0 and at most 50"),
+        ("REPLY_MODE", "loud", "one of: " + ", ".join(REPLIES)),
+        ("DATABASE_URL", "mysql://x", "a URL of one of: sqlite, postgres, postgresql"),
+        ("LOG_LEVEL", "LOUD", "one of: DEBUG, INFO, WARNING, ERROR"),
+    ],
+)
+def test_a_wrong_value_is_told_what_it_must_be(name, wrong, says):
+    with pytest.raises(SettingsError) as caught:
+        read(WHOLE | PROXY | {name: wrong}, Forked)
+    assert str(caught.value).splitlines()[1:] == [f"{name} must be {says}."]
+
+
+def test_a_misspelt_setting_of_a_fork_is_named():
+    with pytest.raises(SettingsError, match="OPEN_FORM is not a .* OPEN_FROM?"):
+        read({"OPEN_FORM": "9"}, Forked)
+    assert not misspelt({"OPEN_FROM": "9"}, (), Forked)
+
+
+def test_a_type_that_no_text_can_become_stops_the_start():
+    class Wrong(Settings):
+        names: list[str] = setting(list)
+
+    with pytest.raises(NotImplementedError, match=r"cannot be a list\[str\]"):
+        read(WHOLE | PROXY | {"NAMES": "a"}, Wrong)
+
+
+def test_the_password_of_a_database_is_a_secret():
+    url = "postgresql://bot:p%40ssword-9@db.example.com/bot"
+    assert "p@ssword-9" in read(WHOLE | PROXY | {"DATABASE_URL": url}).secrets()

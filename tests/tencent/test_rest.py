@@ -1,111 +1,58 @@
-"""Tencent IM: reading callbacks, and calling its REST API."""
+"""Tencent's REST API: what is retried, what may have arrived, what cannot be read."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
 import time
+import tracemalloc
+from functools import partial
 
 import pytest
 import responses
 from conftest import APPID, dribble
 
-import usersig
-from imbot.tencent import callback, rest
-from simulator import KEY, c2c_event, free_port, text_body
+from imbot.tencent import rest
+from imbot.tencent.callback import Message
+from imbot.timing import Timing
+from simulator import KEY, free_port, text_body
+from usersig import gen_user_sig
+
+ONCE = Timing(pauses=(), call_timeout=0.3)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+SIGN = partial(gen_user_sig, APPID, KEY)
 
 
-@pytest.mark.parametrize(
-    ("text", "cut"),
-    [
-        ("@@RBT#001 hello", "hello"),
-        ("hello @@rbt#001", "hello"),
-        ("＠@RBT#001 你好", "你好"),
-        ("@@RBT#001你好", "你好"),
-        ("tell @@RBT#0011 hello", "tell @@RBT#0011 hello"),
-        ("@Robot\u2005hello @@RBT#001 there", "hello there"),
-        ("@Somebody\u2005/help", "/help"),
-        ("@Somebody  @Else hello", "@Somebody  @Else hello"),
-        ("@Somebody", ""),
-        ("mail robot@example.com", "mail robot@example.com"),
-    ],
-)
-def test_mentions_are_cut_from_the_text(text, cut):
-    assert callback.cut_mentions(text, ["@RBT#001", "Robot"]) == cut
+def connect(url, timing=ONCE, make_sig=SIGN, **options):
+    return rest.Client(url, APPID, "administrator", make_sig, 64, timing, **options)
 
 
-def reply(**fields):
-    return json.dumps({"messageReply": fields})
+def failure(url, timing=ONCE):
+    """Return the error of a call."""
+    with pytest.raises(rest.IMError) as caught:
+        connect(url, timing).robots()
+    assert "usersig" not in str(caught.value)
+    return caught.value
 
 
-@pytest.mark.parametrize(
-    ("data", "quote"),
-    [
-        (reply(messageAbstract=" Bonjour\n", messageSender="lin"), "Bonjour"),
-        (reply(messageAbstract="x" * 501), "x" * 500),
-        (reply(messageAbstract="a\ud800\0b"), "a?b"),
-        (reply(messageAbstract=["x"]), ""),
-        (reply(messageAbstract=None), ""),
-        (reply(), ""),
-        (reply(messageAbstract="x")[:-1], ""),
-        ('{"messageReply": "messageAbstract"}', ""),
-        ('{"messageReply": null}', ""),
-        ('["messageReply"]', ""),
-        ("[" * 100_000, ""),
-        ("1" * 5000, ""),
-        ("null", ""),
-        ("", ""),
-        (None, ""),
-        (5, ""),
-        ({"messageReply": {"messageAbstract": "x"}}, ""),
-    ],
-)
-def test_the_quoted_message_is_read_and_what_is_broken_is_ignored(data, quote):
-    event = c2c_event("jared", "@RBT#001", "hi") | {"CloudCustomData": data}
-    [message] = callback.parse("Bot.OnC2CMessage", event)
-    assert (message.text, message.quote) == ("hi", quote)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("From_Account", None),
-        ("From_Account", ["jared"]),
-        ("From_Account", "a\tb"),
-        ("From_Account", "\ud800"),
-        ("From_Account", "x" * 2000),
-        ("To_Account", 5),
-        ("MsgSeq", None),
-        ("MsgRandom", True),
-        ("MsgTime", {"a": 1}),
-        ("MsgBody", "text"),
-        ("MsgBody", [1]),
-        ("MsgBody", [{"MsgType": "TIMTextElem"}]),
-        ("MsgBody", [{"MsgType": "TIMTextElem", "MsgContent": {"Text": 5}}]),
-    ],
-)
-def test_a_field_of_the_wrong_type_is_named(im, field, value):
-    answer = im.post(im.sim.say("jared", "@RBT#001", "hi") | {field: value})
-    assert answer.status_code == 400
-    info = answer.get_json()["ErrorInfo"]
-    assert field in info or "TIMTextElem" in info
-
-
-@pytest.mark.parametrize("robot", ["@RBT#002", "@rbt#002"])
-def test_what_robots_write_is_ignored(im, robot):
-    assert im.say("hello", user=robot).status_code == 200
-    im.say("hello")
-    [answer] = im.sim.wait(1)
-    assert answer.chat == "jared" and len(im.sim.ai_requests) == 1
+def answered(body, head=HEAD):
+    """Return the script of a server that sends this body."""
+    return b"%sContent-Length: %d\r\n\r\n%s" % (head, len(body), body)
 
 
 def test_a_usersig_that_expired_is_made_anew_once(sim):
-    client = rest.Client(sim.url, APPID, KEY, "administrator")
-    client._sig = usersig.gen_user_sig(APPID, KEY, "administrator", 1, now=1700000000)
-    client._renew_at = time.time() + 1000
+    old, made = SIGN("administrator", 1, now=1700000000), []
+
+    def make_sig(userid, seconds):
+        made.append(userid)
+        return SIGN(userid, seconds) if made[1:] else old
+
+    client = connect(sim.url, make_sig=make_sig)
     client.call("openim_robot_http_svc/create_robot", {"UserID": "@RBT#009"})
     assert "@RBT#009" in sim.robots
+    assert client.robots() and made == ["administrator"] * 2
 
 
 @responses.activate
@@ -113,18 +60,19 @@ def test_a_wrong_key_is_not_tried_again():
     url = "https://console.tim.qq.com/v4/openim/sendmsg"
     refusal = {"ActionStatus": "FAIL", "ErrorCode": 70009, "ErrorInfo": "sig verify"}
     responses.post(url, json=refusal)
-    client = rest.Client("https://console.tim.qq.com", APPID, "wrong", "administrator")
+    wrong = partial(gen_user_sig, APPID, "wrong")
+    client = connect("https://console.tim.qq.com", make_sig=wrong)
     with pytest.raises(rest.IMError, match="70009.*IM_KEY is not the key") as caught:
-        message = callback.Message("id", "@RBT#001", "jared", "hi")
-        client.send(message, text_body("hello")[0], 7, 0, True)
+        message = Message("id", "@RBT#001", "jared", "hi", seq=7)
+        client.send(message, text_body("hello")[0], 0, True)
     assert not caught.value.retry
     [call] = responses.calls
     assert json.loads(call.request.body) == {
         "From_Account": "@RBT#001",
         "To_Account": "jared",
         "SyncOtherMachine": 2,
-        "MsgSeq": 7 * rest.PARTS,
-        "MsgRandom": rest.numbers("id", 7, 0)[1],
+        "MsgSeq": 8,
+        "MsgRandom": rest.numbers(message, 0)[1],
         "MsgBody": text_body("hello"),
         "ForbidCallbackControl": [
             "ForbidBeforeSendMsgCallback",
@@ -135,22 +83,10 @@ def test_a_wrong_key_is_not_tried_again():
     assert query["contenttype"] == "json" and query["identifier"] == "administrator"
 
 
-def test_an_answer_of_tencents_that_is_cut_is_a_call_that_brought_none(ai_socket):
+def test_an_answer_that_is_cut_is_none(ai_socket):
     server = ai_socket(b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{")
     error = failure(server.url)
     assert error.code == rest.NETWORK and error.retry
-
-
-def failure(url, **options):
-    client = rest.Client(url, APPID, KEY, "administrator")
-    with pytest.raises(rest.IMError) as caught:
-        client.call("openim_robot_http_svc/get_all_robots", {}, **options or NO_WAITS)
-    assert "usersig" not in str(caught.value)
-    return caught.value
-
-
-NO_WAITS = {"waits": ()}
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize(
@@ -164,13 +100,10 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
     ],
     ids=["headers", "body", "chunks", "until the end", "nothing"],
 )
-def test_an_answer_of_tencents_that_drips_cannot_hold_a_thread(
-    ai_socket, monkeypatch, script
-):
-    monkeypatch.setattr(tim, "CALL_TIMEOUT", 0.5)
+def test_an_answer_that_drips_cannot_hold_a_thread(ai_socket, script):
     began = time.monotonic()
     error = failure(ai_socket(script).url)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < ONCE.call_timeout + 2
     assert error.retry and error.may_have_arrived
 
 
@@ -232,7 +165,8 @@ def test_a_call_that_finds_no_tls_has_not_arrived():
 def test_a_call_may_have_arrived_if_one_of_its_tries_may(sim, faults, arrived):
     left = list(faults)
     sim.fault = lambda command, body: left.pop(0)
-    error = failure(sim.url, waits=[0] * (sum(f != 70001 for f in faults) - 1))
+    retries = sum(fault != 70001 for fault in faults) - 1
+    error = failure(sim.url, Timing(pauses=(0.0,) * retries))
     assert not left
     assert error.may_have_arrived == arrived
 
@@ -258,11 +192,140 @@ def test_a_code_says_whether_to_try_again_and_whom_it_concerns(
     assert (error.retry, error.about_message) == (retry, about_message)
 
 
-def test_a_button_that_stops_stops_whatever_else_is_sent():
-    button = {"Data": '{"chatbotPlugin": 2, "src": 22}'}
-    body = [
-        {"MsgType": "TIMCustomElem", "MsgContent": button},
-        {"MsgType": "TIMFaceElem", "MsgContent": {}},
-    ]
-    event = c2c_event("jared", "@RBT#001", "") | {"MsgBody": body}
-    assert [m.kind for m in callback.parse("Bot.OnC2CMessage", event)] == ["stop"]
+def endless(head, piece):
+    """Return a script that sends a body without end, and counts its bytes."""
+    sent = []
+
+    def script(connection):
+        connection.sendall(head)
+        while True:
+            connection.sendall(piece)
+            sent.append(len(piece))
+
+    return script, sent
+
+
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_an_endless_answer_is_read_up_to_a_limit(ai_socket, encoding):
+    content = b"[" * 100_000
+    content = gzip.compress(content) if encoding == "gzip" else content
+    piece = b"%x\r\n%s\r\n" % (len(content), content)
+    head = CHUNKED + f"Content-Encoding: {encoding}\r\n\r\n".encode()
+    script, sent = endless(head, piece)
+    error = failure(ai_socket(script).url, Timing(pauses=(), call_timeout=20))
+    assert "no answer (TooLarge)" in str(error)
+    assert error.retry and error.may_have_arrived
+    assert sum(sent) < 10 * rest.LARGEST_ANSWER
+
+
+def test_a_small_body_that_unpacks_to_a_huge_one_takes_no_memory(ai_socket):
+    bomb = gzip.compress(b" " * 100 * 2**20, 1)
+    url = ai_socket(answered(bomb, HEAD + b"Content-Encoding: gzip\r\n")).url
+    tracemalloc.start()
+    error = failure(url, Timing(pauses=(), call_timeout=20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "TooLarge" in str(error)
+    assert peak < 8 * 2**20
+
+
+def test_an_answer_of_almost_the_limit_is_read(ai_socket):
+    robots = ["@RBT#" + "x" * 100] * 9000
+    body = {"ActionStatus": "OK", "ErrorCode": 0, "Robot_Account": robots}
+    url = ai_socket(answered(json.dumps(body).encode())).url
+    assert connect(url, Timing(pauses=(), call_timeout=20)).robots() == robots
+
+
+OK = b'{"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": %s}'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(OK % code for code in (b"Infinity", b"-1e999", b"NaN", b"true", b"null")),
+        *(OK % code for code in (b"[0]", b"{}", b"0.0", b'"0x0"', b'""', b"9" * 4000)),
+        OK % b"9" * 9000,
+        b'{"ActionStatus": "OK"}',
+        b'[{"ActionStatus": "OK", "ErrorCode": 0}]',
+        b'"OK"',
+        b"[" * 200_000,
+        b"\xff\xfe",
+        b"",
+        b"<html>502</html>",
+    ],
+    ids=lambda body: body[-30:].decode("latin-1"),
+)
+def test_what_is_not_tencents_json_is_no_valid_answer(ai_socket, body):
+    error = failure(ai_socket(answered(body)).url)
+    assert (error.code, error.may_have_arrived) == (rest.NETWORK, True)
+    assert "no valid answer (HTTP 200" in str(error)
+
+
+@pytest.mark.parametrize("robots", ["null", "{}", "5", '"@RBT#1"'])
+def test_a_list_of_robots_that_is_none_is_empty(ai_socket, robots):
+    body = OK.replace(b"%s", b'"0", "Robot_Account": ' + robots.encode())
+    assert connect(ai_socket(answered(body)).url).robots() == []
+
+
+def test_what_tencent_says_of_an_error_cannot_forge_a_line(ai_socket):
+    info = "\x1b[2J\r\n2026-11-30 INFO forged " + "x" * 10**5
+    body = {"ActionStatus": "FAIL", "ErrorCode": 80001, "ErrorInfo": info}
+    said = str(failure(ai_socket(answered(json.dumps(body).encode())).url))
+    assert said.isprintable() and len(said) < 400
+    assert "80001: \\x1b[2J\\r\\n2026" in said and "sensitive-word" in said
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        ("Duplicate message", None),
+        ("repeated Random", None),
+        ("消息重复", None),
+        ("rate control", 10023),
+        ("a\nb" * 10**4, 10023),
+        (["x"], 10023),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_group_message_dropped_as_a_duplicate_counts_as_sent(ai_socket, reason, code):
+    body = {"ActionStatus": "OK", "ErrorCode": 0, "MsgDropReason": reason, "MsgSeq": 5}
+    client = connect(ai_socket(answered(json.dumps(body).encode())).url)
+    message = Message("id", "@RBT#001", "lin", "hi", "@TGS#demo")
+    if code is None:
+        assert client.send(message, text_body("hello")[0], 0)["MsgSeq"] == 5
+        return
+    with pytest.raises(rest.IMError) as caught:
+        client.send(message, text_body("hello")[0], 0)
+    assert caught.value.code == code and caught.value.retry
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("result", "says"),
+    [
+        ({"ResultCode": 0}, ""),
+        ({"ResultCode": 30520, "ResultInfo": "already"}, ""),
+        (None, ""),
+        ({"ResultCode": 30003, "ResultInfo": "no such\nuser"}, "does not exist"),
+        ({"ResultCode": 30001, "ResultInfo": "a\nb"}, "30001: a\\nb"),
+        ({"ResultCode": []}, "no valid answer"),
+        ("x", "no valid answer"),
+    ],
+)
+def test_a_robot_becomes_the_friend_of_a_user(ai_socket, result, says):
+    body = {"ActionStatus": "OK", "ErrorCode": 0}
+    body |= {"ResultItem": [result]} if result else {}
+    server = ai_socket(answered(json.dumps(body).encode()))
+    if says:
+        with pytest.raises(rest.IMError) as caught:
+            connect(server.url).befriend("jared", "@RBT#001")
+        assert says in str(caught.value)
+    else:
+        connect(server.url).befriend("jared", "@RBT#001")
+    assert server.heads[0].startswith("POST /v4/sns/friend_add?")
+    friend = {"To_Account": "@RBT#001", "AddSource": "AddSource_Type_Server"}
+    asked = {"From_Account": "jared", "AddFriendItem": [friend], "ForceAddFlags": 1}
+    assert json.loads(server.bodies[0]) == asked
