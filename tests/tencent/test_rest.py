@@ -16,25 +16,6 @@ from imbot.tencent import callback, rest
 from simulator import KEY, c2c_event, free_port, text_body
 
 
-@pytest.mark.parametrize(
-    ("text", "cut"),
-    [
-        ("@@RBT#001 hello", "hello"),
-        ("hello @@rbt#001", "hello"),
-        ("＠@RBT#001 你好", "你好"),
-        ("@@RBT#001你好", "你好"),
-        ("tell @@RBT#0011 hello", "tell @@RBT#0011 hello"),
-        ("@Robot\u2005hello @@RBT#001 there", "hello there"),
-        ("@Somebody\u2005/help", "/help"),
-        ("@Somebody  @Else hello", "@Somebody  @Else hello"),
-        ("@Somebody", ""),
-        ("mail robot@example.com", "mail robot@example.com"),
-    ],
-)
-def test_mentions_are_cut_from_the_text(text, cut):
-    assert callback.cut_mentions(text, ["@RBT#001", "Robot"]) == cut
-
-
 def reply(**fields):
     return json.dumps({"messageReply": fields})
 
