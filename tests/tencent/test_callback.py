@@ -14,9 +14,10 @@ from conftest import STORY, Caller, idle, poll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from botserver import PROVIDERS, REPLIES, Settings
 from imbot import commands
 from imbot.prompt import spoken
-from imbot.settings import Persona
+from imbot.settings import Persona, SettingsError
 from imbot.tencent import BadEvent, Message, callback
 from imbot.tencent.pictures import is_public
 from imbot.texts import TEXTS
@@ -345,6 +346,13 @@ def test_robots_that_others_answer_for_are_left_alone(sim, make_app):
     assert {m.robot for m in sim.wait(2)} == {"@RBT#001"}
     poll(lambda: idle(im))
     assert len(sim.delivered) == 2
+
+
+def test_robots_only_needs_a_robot():
+    env = {"IM_SDKAPPID": "1", "IM_KEY": "k", "AI_PROVIDER": "echo"}
+    env |= {"ALLOW_UNSIGNED": "1", "ROBOTS_ONLY": "1"}
+    with pytest.raises(SettingsError, match="ROBOTS_ONLY is 1, but robots.toml"):
+        Settings.from_env(PROVIDERS, REPLIES, env)
 
 
 @pytest.mark.parametrize(
