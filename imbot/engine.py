@@ -165,7 +165,7 @@ class Engine:
     def stop(self, message: Message) -> None:
         """Stop the answer in progress in a chat, and what waits behind it."""
         if not self.may_ask(message):
-            return
+            return self.enqueue(message)  # which tells the user so
         chat = self.conversation(message)
         by_button = message.kind == "stop"  # whoever pressed it sees that it worked
         text = "" if by_button else self.texts["stop"]

@@ -223,8 +223,8 @@ def _recalled_in_group(event: Json) -> list[Message]:
     if not isinstance(items, list) or not all(isinstance(i, dict) for i in items):
         raise BadEvent("MsgSeqList is not a list of objects")
     seqs = [int(_number(item, "MsgSeq")) % 2**32 for item in items]
-    place = ("", group, topic)
-    recalls = [Message("", "", *place, kind="recalled", seq=seq) for seq in seqs]
+    place = ("", "", "", "", group, topic)
+    recalls = [Message(*place, kind="recalled", seq=seq) for seq in seqs]
     return [replace(recall, id=recall.recall_id()) for recall in recalls]
 
 
@@ -264,8 +264,11 @@ def read_body(body: Any) -> tuple[str, tuple[str, ...], str, str]:
                 texts.append(clean(text))
             case {"MsgType": "TIMImageElem", "MsgContent": {"ImageInfoArray": list(i)}}:
                 images += _image(i)
-            case {"MsgType": "TIMRelayElem", "MsgContent": {"AbstractList": [*lines]}}:
-                forwarded = _abstract(element["MsgContent"].get("Title"), lines)
+            case {
+                "MsgType": "TIMRelayElem",
+                "MsgContent": {"AbstractList": [str(), *_] as lines, **content},
+            }:
+                forwarded = _abstract(content.get("Title"), lines)
             case {"MsgType": "TIMCustomElem", "MsgContent": {**content}}:
                 match _inner(content.get("Data")):  # others are programs' signals
                     case {"chatbotPlugin": 2, "src": 22}:  # TUIKit's stop button
