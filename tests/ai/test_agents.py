@@ -26,7 +26,6 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_processes import let_claims_lapse
 from test_providers import ai_answer, ai_failure, ai_service, ai_texts
 
 from imbot.ai import agents

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from requests.structures import CaseInsensitiveDict
 
 import providers
-from imbot.ai import errors, stream
+from imbot.ai import errors, thinking
 from imbot.ai.errors import ProviderError
 from imbot.ai.provider import Provider
 from imbot.http import CancelScope
@@ -648,7 +648,7 @@ THINKING = {
 
 @pytest.mark.parametrize(("text", "answer"), THINKING.items())
 def test_thinking_is_taken_out_wherever_the_text_is_split(text, answer):
-    assert stream.without_thinking(text) == answer
+    assert thinking.visible(text) == answer
     for place in range(len(text)):
         for other in range(place, len(text)):
             parts = text[:place], text[place:other], text[other:]
@@ -665,7 +665,7 @@ def test_a_text_so_far_shows_no_half_of_a_tag_or_an_emoji(text):
     units = bytes(halves).decode("utf-16-be", "surrogatepass")
     assert units == text
     for place in range(len(text) + 1):
-        shown = stream.without_thinking(text[:place], final=False)
+        shown = thinking.visible(text[:place], final=False)
         assert not shown or shown[-1] not in "<\ufffd"
         assert not re.search(r"<(/?(mm:)?(t|th|thi|thin|think)?)?\Z", shown)
 
@@ -747,7 +747,7 @@ def test_one_read_makes_one_text_and_a_text_is_not_repeated():
 
 
 def test_halves_of_an_emoji_come_together_and_a_lone_one_is_replaced():
-    read = stream.without_thinking
+    read = thinking.visible
     assert read("a\ud83d\ude00b") == "a😀b"
     assert read("a\ud83db\ude00") == "a\ufffdb\ufffd"
     assert read("a\ud83d") == "a\ufffd"
