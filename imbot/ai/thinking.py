@@ -30,6 +30,8 @@ _OPEN = re.compile(
     rf"(?:<[/a-z:]{{0,9}}|(?:<\|?\w*\|?>?\w{{0,10}}){{1,5}}|\[/?[THINK]{{0,5}}|"
     rf"(?:</?{_NAMES}>|\[/?THINK\])\s{{0,8}}|[\ud800-\udbff])\Z"
 )
+_HALF = re.compile(r"\s*<details[^>]*(?:>\s*(?:<[^/]*)?)?\Z")
+_BLANK = re.compile(r"\s*")
 _PICTURE = re.compile(
     r"!?\[[^]\n]*\]\(\s*data:image/[^)\s]*(?:\)|\Z)|"
     r"data:image/[\w.+-]+;base64,[\w+/=]*"
@@ -52,16 +54,17 @@ def visible(text: str, final: bool = True) -> str:
 
 def _after_thoughts(text: str, place: int, final: bool) -> int:
     """Return where what follows the thoughts at this place begins."""
-    while found := _BEGINS.match(text, place):
-        closing = _ENDS[(found.lastindex or 1) - 1].search(text, found.end())
-        if not closing:
-            rest = text[found.end() :]
-            speaks = final and rest.startswith(" ") and "\n" not in rest
-            return place if speaks else len(text)
-        place = closing.end()
-    if found := _LONE.match(text, place):
-        return _after_thoughts(text, found.end(), final)
-    if not final and re.match(r"\s*<details[^>]*(?:>\s*(?:<[^/]*)?)?\Z", text[place:]):
-        return len(text)
-    blank = re.match(r"\s*", text[place:])
-    return place + blank.end() if blank and place else place
+    while True:
+        if lone := _LONE.match(text, place):
+            place = lone.end()
+        elif begins := _BEGINS.match(text, place):
+            ends = _ENDS[(begins.lastindex or 1) - 1].search(text, begins.end())
+            if not ends:
+                rest = text[begins.end() :]  # an answer may speak of the tag
+                speaks = final and rest.startswith(" ") and "\n" not in rest
+                return place if speaks else len(text)
+            place = ends.end()
+        elif not final and _HALF.match(text, place):
+            return len(text)
+        else:
+            return place and _BLANK.match(text, place).end()  # type: ignore[union-attr]
