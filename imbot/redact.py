@@ -1,8 +1,8 @@
-"""Outside text for the log: on one line, cut, and without what must not stand there.
+"""Errors of AI services without what was said in a chat, which they may repeat.
 
     redact("bad input: My PIN is 4711", ["my pin is 4711"])    # "bad input: ***"
 
-Only what was said is hidden, so that the rest of the sentence can still be read.
+Only what was said is hidden: the service's own sentence can still be read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-LONGEST = 200  # characters of one outside text
+from .outside import HIDDEN
+
+LONGEST = 20_000  # characters of a text that are looked at; the rest is left out
 QUOTED = 20  # bytes in common that are no longer a coincidence
 SHORTEST = 3  # characters of a whole text that is hidden where it stands by itself
 
@@ -19,25 +21,18 @@ _ESCAPES = re.compile(
 )
 
 
-def one_line(text: str, longest: int = LONGEST) -> str:
-    """Return at most `longest` characters; control characters are escaped."""
-    line = " ".join(text[: 4 * longest].split())
-    safe = (c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    return "".join(safe)[:longest]
-
-
 def redact(text: str, said: Iterable[str]) -> str:
-    """Return a text as one line, with *** in the place of what was said.
+    """Return a text on one line, with *** in place of what was said.
 
     It is found in any case, and as JSON or Python's repr escape it.
     """
-    text = plain(text[:20_000])
+    text = plain(text[:LONGEST])
     told, said = _lower(text), [_lower(plain(each)) for each in said]
     hidden = bytearray(len(text))
     for start, end in (*_whole(told, said), *_quoted(told, "\n".join(said))):
         hidden[start:end] = b"\1" * (end - start)
     shown = "".join("\0" if hide else c for hide, c in zip(hidden, text, strict=True))
-    return re.sub(r"\0+", "***", shown)
+    return re.sub(r"\0+", HIDDEN, shown)
 
 
 def plain(text: str) -> str:

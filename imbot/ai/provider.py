@@ -24,7 +24,8 @@ from typing import Any
 import requests
 
 from ..http import CancelScope, Session
-from ..redact import one_line, redact
+from ..outside import SHORTEST_SECRET, printable
+from ..redact import redact
 from ..timing import NORMAL, Timing
 from .errors import (
     FAILURES,
@@ -54,7 +55,6 @@ TRIES = {"busy": 3, "once": 2}  # by ProviderError.kind; any other kind has one 
 LONGEST_WAIT = 60  # seconds of Retry-After that are honoured
 MAX_TOKENS = 8192  # of one answer, unless AI_EXTRA_BODY says otherwise
 LONGEST_ERROR = 400  # characters
-SHORTEST_KEY = 8  # characters; a shorter one is no secret ("none", "ollama")
 QUOTES = "\"'`“”‘’"  # that people leave around a key
 UNHEARD = ("busy", "once", "slow")  # a part of the answer is better than none
 ENDPOINT = re.compile(r"/(chat/completions|chat-messages|text/completion|qbot/.*)/*\Z")
@@ -173,8 +173,8 @@ class Provider:
     def _quiet(self, error: ProviderError, messages: list[Json]) -> ProviderError:
         """Return an error without the key, and without what was said in the chat."""
         said = [words(turn) for turn in messages if turn["role"] != "system"]
-        said += [self.key] if len(self.key) >= SHORTEST_KEY else []
-        error.details = one_line(redact(error.details, said), LONGEST_ERROR)
+        said += [self.key] if len(self.key) >= SHORTEST_SECRET else []
+        error.details = printable(redact(error.details, said), LONGEST_ERROR)
         return error
 
     def address(self, path: str) -> str:
