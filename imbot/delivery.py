@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 
 from .ai import ProviderError
 from .chat import Answer, Chat, Said
-from .prompt import redact
 from .queue import Added, Job, LeaseLost, Store, StoreError, Workers, log_error
+from .redact import redact
 from .replies import PlainReply, Progress
 from .settings import Settings
 from .tencent import Client, IMError, Message

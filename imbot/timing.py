@@ -30,6 +30,8 @@ class Timing:
     # Calls of the AI service; AI_TIMEOUT limits an answer as a whole.
     backoff: float = 0.5  # before the second try, twice as long before the third
     read_every: float = 0.2  # between two reads of an answer that streams in
+    grace: float = 1.0  # after a finish_reason, in which more text may still come
+    drain: float = 0.05  # for what follows an answer on its connection
 
     # An answer that Tencent does not take.
     patience: float = 86400.0  # during which it is sent again

@@ -10,37 +10,71 @@ ProviderError.
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import os
 import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import requests
-from urllib3.exceptions import HTTPError
 
-from ..http import CallEnded, CancelScope, Session
-from .errors import NAMES, STATUS, TRACES, Json, ProviderError, find_error, retry_after
-from .stream import _finish, _json, events, openai_event, reads, without_thinking
+from ..http import CancelScope, Session
+from ..outside import SHORTEST_SECRET, printable
+from ..redact import redact
+from ..timing import NORMAL, Timing
+from .errors import (
+    FAILURES,
+    FINISHES,
+    Json,
+    ProviderError,
+    error_of,
+    failure_of,
+    find_error,
+    word_kind,
+)
+from .less import Attempts, Lessons, Question, alternating, words
+from .stream import (
+    DONE,
+    drain,
+    emptiness,
+    events,
+    joined,
+    openai_event,
+    read_whole,
+    thinks,
+)
+from .thinking import visible
 
 CONNECT_TIMEOUT = 5  # seconds
 TRIES = {"busy": 3, "once": 2}  # by ProviderError.kind; any other kind has one try
 LONGEST_WAIT = 60  # seconds of Retry-After that are honoured
 MAX_TOKENS = 8192  # of one answer, unless AI_EXTRA_BODY says otherwise
+LONGEST_ERROR = 400  # characters
+QUOTES = "\"'`“”‘’"  # that people leave around a key
+UNHEARD = ("busy", "once", "slow")  # a part of the answer is better than none
+ENDPOINT = re.compile(r"/(chat/completions|chat-messages|text/completion|qbot/.*)/*\Z")
 
 Texts = Iterator[str]  # the answer so far, again and again
 Reader = Callable[[Json, list[str]], str | Json]  # see Provider.complete
+logger = logging.getLogger(__name__)
+
+
+def openai_chat(provider: Provider, question: Question) -> Texts:
+    """Ask a service that has OpenAI's format."""
+    messages = alternating(question.messages)
+    body = provider.body(messages=messages, stream=question.update_interval > 0)
+    return provider.complete("/chat/completions", body, question)
 
 
 @dataclass(frozen=True)
 class Service:
     """One line of PROVIDERS."""
 
-    ask: Callable[..., Texts]  # makes the request; see providers.py
     url: str  # "" if AI_BASE_URL has to name it
     model: str
     extra: Json = field(default_factory=dict)  # merged into every request
@@ -50,16 +84,7 @@ class Service:
     keyless: bool = False  # it may be asked without a key
     images: bool = False  # whether the model reads pictures
     remembers: bool = False  # its chats itself
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a service is asked."""
-
-    messages: list[Json]  # OpenAI's
-    scope: CancelScope
-    update_interval: float  # seconds between two texts; 0 for the whole one alone
-    memory: Json
+    ask: Callable[[Provider, Question], Texts] = openai_chat  # makes the request
 
 
 class Provider:
@@ -73,13 +98,16 @@ class Provider:
         model: str = "",
         extra: Json | None = None,
         session: Session | None = None,
+        timing: Timing = NORMAL,
     ) -> None:
-        self.service = service
-        self.key = key.strip().removeprefix("Bearer ").strip()
-        self.url = (url or service.url).rstrip("/")
+        self.service, self.timing = service, timing
+        self.key = clean_key(key)
+        self.url = url or service.url
         self.model = model or service.model
-        self.extra = {**service.extra, **(extra or {})}
+        self.extra = extra or {}  # the operator's
+        self.preset: Json = {service.cap: MAX_TOKENS} | service.extra
         self.session = session or Session(self.url)
+        self.lessons = Lessons()
 
     def chat(
         self,
@@ -91,40 +119,75 @@ class Provider:
         """Yield the answer so far, every `update_interval` seconds; if 0, once, whole.
 
         `messages` are OpenAI's. At the last text `scope.ended` may be set: then it need
-        not be shown as growing. It asks again where that may help, as long as nothing
-        was yielded. Leaving the loop ends the call. Raises ProviderError.
+        not be shown as growing. It asks again where that may help, with less if the
+        service refuses what it is asked (`scope.left_out` then tells "pictures" or
+        "history"), as long as nothing was yielded. Leaving the loop ends the call.
+        Raises ProviderError.
         """
         messages = [turn for turn in messages if str(turn["content"] or "").strip()]
         if not messages:
             raise ProviderError("empty", "the question holds no text")
-        memory, text = memory or new_memory("operator"), ""
+        memory, text, tried = memory or new_memory("operator"), "", 0
         question = Question(messages, scope, update_interval, memory)
-        for tried in count(1):
+        optional = {n: v for n, v in self.preset.items() if v and n not in self.extra}
+        attempts = Attempts(question, self.lessons, optional, self.service.remembers)
+        while True:
             try:
-                answer = self.service.ask(self, question)
-                for text in filter(str.strip, answer):
+                for text in filter(str.strip, self._ask(attempts)):
                     yield text
-                if text:
-                    return
-                failure = ProviderError("empty", "the answer holds no text")
-            except ProviderError as error:
-                failure = error
-            except CallEnded as error:
-                failure = ProviderError(str(error), "no whole answer in time")
-            except (OSError, HTTPError, ValueError, RecursionError) as error:
-                kind = "setup" if isinstance(error, ValueError) else "busy"
-                name = type(error).__name__  # its text may hold the key
-                failure = ProviderError(kind, f"no connection, or cut: {name}")
-            delay = failure.wait or 2 ** (tried - 2) * random.uniform(0.75, 1)
-            too_late = delay > min(LONGEST_WAIT, scope.remaining())
-            if text or too_late or tried >= TRIES.get(failure.kind, 1):
-                raise failure from None
-            scope.cancelled.wait(delay)
+                failure = None if text else ProviderError("empty", "no text came")
+            except (ProviderError, *FAILURES) as error:
+                failure = self._quiet(failure_of(error), messages)
+            if text and (lesson := attempts.answered()):
+                logger.warning("%s %s", self.model or self.url, lesson)
+            if not failure:
+                return
+            if not text and attempts.shrink(failure):
+                continue
+            tried += 1
+            if text or not self._waited(failure, tried, scope):
+                break
+        if not text and failure.partial.strip():
+            yield failure.partial
+        raise failure if text else attempts.explained(failure)
+
+    def _ask(self, attempts: Attempts) -> Texts:
+        """Ask once, without what the attempts leave out."""
+        asker = self
+        if "options" in attempts.less:
+            asker = copy.copy(self)
+            asker.preset = dict.fromkeys(self.preset)
+        return self.service.ask(asker, attempts.question())
+
+    def _waited(self, failure: ProviderError, tried: int, scope: CancelScope) -> bool:
+        """Wait before another try; return False if there shall be none."""
+        backoff = self.timing.backoff * 2 ** (tried - 1) * random.uniform(0.75, 1)
+        delay = failure.wait or backoff
+        once = failure.partial and self.service.remembers  # its workflow has run
+        too_late = delay > min(LONGEST_WAIT, scope.remaining())
+        if once or too_late or tried >= TRIES.get(failure.kind, 1):
+            return False
+        scope.cancelled.wait(delay)
+        return True
+
+    def _quiet(self, error: ProviderError, messages: list[Json]) -> ProviderError:
+        """Return an error without the key, and without what was said in the chat."""
+        said = [words(turn) for turn in messages if turn["role"] != "system"]
+        said += [self.key] if len(self.key) >= SHORTEST_SECRET else []
+        error.details = printable(redact(error.details, said), LONGEST_ERROR)
+        return error
+
+    def address(self, path: str) -> str:
+        """Return where a path of the service is; AI_BASE_URL may have a query."""
+        base, _, query = self.url.partition("?")
+        path, _, more = path.partition("?")
+        queries = "&".join(filter(None, (query, more)))
+        base = ENDPOINT.sub("", base.rstrip("/")) + path
+        return f"{base}?{queries}" if queries else base
 
     def body(self, **fields: Any) -> Json:
         """Return a request's body; a null in an extra takes a field out."""
-        fields |= {"model": self.model or None, self.service.cap: MAX_TOKENS}
-        fields |= self.extra
+        fields |= {"model": self.model or None} | self.preset | self.extra
         return {name: value for name, value in fields.items() if value is not None}
 
     def complete(
@@ -138,12 +201,16 @@ class Provider:
         the answer is not whole.
         """
         scope = question.scope
-        with self.send(path, body, scope) as response:
-            if response.status_code != 200:
-                refusal = _json(b"".join(reads(response, scope)))
-                raise self.error(refusal, response)
-            yield from self._texts(response, question, read or openai_event)
-            _finish(response, scope)
+        try:
+            with self.send(path, body, scope) as response:
+                if response.status_code != 200:
+                    raise self.error(read_whole(response, scope), response)
+                yield from self._texts(response, question, read or openai_event)
+                drain(response, scope, self.timing.drain)
+        except (ProviderError, *FAILURES) as error:
+            failure = failure_of(error)
+            failure.asked = f"POST {self.address(path).partition('?')[0]}"
+            raise failure from None
 
     def send(self, path: str, body: Json, scope: CancelScope) -> requests.Response:
         """Return the response to a request, its body not read yet."""
@@ -156,35 +223,11 @@ class Provider:
         left = scope.remaining()  # a host may have several addresses to connect to
         timeout = (min(CONNECT_TIMEOUT, left / 4 + 0.1), left + 1)
         with scope:
-            return self.session.post(self.url + path, data, headers, timeout)
+            return self.session.post(self.address(path), data, headers, timeout)
 
     def error(self, body: Json, response: requests.Response) -> ProviderError:
         """Return the error that a body, its HTTP status and headers mean."""
-        status, headers = response.status_code, response.headers
-        source = find_error(body) or body
-        text = str(source.get("message") or source.get("msg") or source)
-        in_text = re.search(r"\((\d{3,5})\)\s*$", text)  # MiniMax: "invalid key (2049)"
-        code = str(source.get("code") or (in_text[1] if in_text else ""))
-        name = str(source.get("type") or "")
-        traces = [*map(headers.get, TRACES), body.get("request_id"), body.get("id")]
-        trace = next(filter(None, traces), "-")
-        text = " ".join((text.replace(self.key, "***") if self.key else text).split())
-        details = f"HTTP {status}, code {code or name or '-'}, trace {trace}: "
-        kind = self._kind(code, name, str(status))
-        return ProviderError(kind, details + text[:500], retry_after(headers))
-
-    def _kind(self, code: str, name: str, status: str) -> str:
-        codes = self.service.codes
-        if code in codes or codes and re.fullmatch(r"\d{4,}", code):
-            return codes.get(code) or ("busy" if status >= "500" else "setup")
-        if status == "200" and re.fullmatch(r"[45]\d\d(\d{3})?", code):
-            status = code[:3]  # OpenRouter and TokenHub repeat the HTTP status there
-        if "SensitiveContent" in code:
-            code = "sensitive"  # Ark has a code for each kind of it
-        kind = NAMES.get(code) or NAMES.get(name)
-        if not kind or kind == "busy" and status != "200":  # the status knows better
-            kind = STATUS.get(status, "busy" if status >= "500" else "setup")
-        return kind
+        return error_of(body, response, self.service.codes)
 
     def _texts(
         self, response: requests.Response, question: Question, read: Reader
@@ -195,40 +238,60 @@ class Provider:
         """
         scope, update_interval = question.scope, question.update_interval
         parts: list[str] = []
-        shown, finish, due, failure = "", "", 0.0, None
+        shown, finish, due, thought = "", "", 0.0, False
+        last: Json = {}
+        failure: ProviderError | None = None
         try:
-            for event in events(response, scope):
+            for event in events(response, scope, self.timing.read_every):
+                if event is DONE:
+                    finish = finish or "stop"
+                    break
                 if event:
-                    told = event if event.get("error") else read(event, parts)
+                    last, thought = event, thought or not parts and thinks(event)
+                    wrong = event.get("error") and find_error(event)
+                    told = event if wrong else read(event, parts)
                     if isinstance(told, dict):
-                        raise self.error(event, response)
-                    if finish := told:
-                        break
+                        raise self.error(told, response)
+                    if told not in ("", "null"):
+                        finish = told  # but text may still come
+                        scope.wait_at_most(self.timing.grace)
                 elif update_interval and time.monotonic() >= due:
-                    so_far = without_thinking("".join(parts), final=False)
+                    so_far = visible(joined(parts), final=False)
                     if so_far != shown:
                         yield so_far
                         shown, due = so_far, time.monotonic() + update_interval
-            if not finish or finish in NAMES:
-                why = f"the answer ended with {finish or 'no finish_reason'}"
-                raise ProviderError(NAMES.get(finish, "busy"), why)
-        except Exception as error:
-            failure = error
-        scope.ended, answer = True, without_thinking("".join(parts))
-        if answer != shown and (update_interval or not failure):
+        except (ProviderError, *FAILURES) as error:
+            if isinstance(error, ProviderError) or not finish:
+                failure = failure_of(error)
+        scope.ended, text = True, joined(parts)
+        answer = visible(text)
+        failure = failure or shortfall(finish, answer)
+        if not failure and not answer.strip():
+            failure = ProviderError("empty", emptiness(last, finish, thought, text))
+        if failure and failure.kind in UNHEARD:
+            failure.partial = answer
+        whole = not failure or failure.kind == "length"
+        if answer != shown and (update_interval or whole):
             yield answer
         if failure:
             raise failure
-        if finish == "length" and answer.strip():
-            raise ProviderError("length", "the answer reached its limit of tokens")
 
 
-def words(turn: Json) -> str:
-    """Return the text of a message, of which pictures may be a part."""
-    content = turn["content"]
-    if isinstance(content, str):
-        return content
-    return "\n".join(part["text"] for part in content if part["type"] == "text")
+def shortfall(finish: str, answer: str) -> ProviderError | None:
+    """Return the error that a finish_reason tells of; None if it is a stop."""
+    if not finish:
+        return ProviderError("busy", "the answer ended without a finish_reason")
+    kind = word_kind(finish) or word_kind(finish, FINISHES)
+    if not kind or kind == "length" and not answer.strip():
+        return None
+    kind = "busy" if kind == "failed" else kind
+    return ProviderError(kind, f"the answer ended with finish_reason {finish}")
+
+
+def clean_key(key: str) -> str:
+    """Return a key without what is often pasted with it."""
+    key = key.strip().strip(QUOTES).strip()
+    return key.removeprefix("Bearer ").strip()
 
 
 def as_text(messages: list[Json]) -> str:

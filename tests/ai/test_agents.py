@@ -6,7 +6,6 @@ import json
 import logging
 import random
 import re
-import signal
 import time
 from contextlib import suppress
 
@@ -26,16 +25,15 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_processes import let_claims_lapse
 from test_providers import ai_answer, ai_failure, ai_service, ai_texts
 
+from botserver import PROVIDERS, REPLIES
 from imbot.ai import agents
 from imbot.ai.errors import ProviderError
 from imbot.ai.provider import new_memory
 from imbot.http import CancelScope
 from imbot.settings import Settings
 from imbot.tencent import callback
-from simulator import running
 from simulator.platforms import Conversation
 from test_botserver import stored
 
@@ -161,7 +159,7 @@ def rows(codes, split):
 @pytest.mark.parametrize(
     ("code", "kind"), rows(DIFY_CODES, lambda text: re.findall(r"\d+ \w+", text))
 )
-def test_a_code_of_dify_has_its_verdict(no_pause, code, kind):
+def test_a_code_of_dify_has_its_verdict(code, kind):
     status, name = code.split()
     error = {"status": int(status), "code": name, "message": "no"}
     caught, tries = ai_failure(ai_json(error).encode(), name="dify", status=int(status))
@@ -173,7 +171,7 @@ def test_a_code_of_dify_has_its_verdict(no_pause, code, kind):
 
 
 @pytest.mark.parametrize(("code", "kind"), rows(ADP_CODES, str.split))
-def test_a_code_of_adp_has_its_verdict(no_pause, code, kind):
+def test_a_code_of_adp_has_its_verdict(code, kind):
     error = {"error": {"code": int(code), "message": "no"}, "request_id": "r1"}
     for event in (error, {"type": "error", **error}):
         body = sse(ECHO, f"event:error\ndata:{ai_json(event)}\n\n", end="")
@@ -373,6 +371,7 @@ def shown(sim, chat):
     return [int(re.search(r"question (\d+) of", text)[1]) for text in texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dify", "adp"])
 def test_fifty_users_have_fifty_conversations_that_last(sim, agent, name):
     im, names = agent(name), users(sim, 50)
@@ -385,6 +384,7 @@ def test_fifty_users_have_fifty_conversations_that_last(sim, agent, name):
         assert shown(sim, user) == [*range(1, 11)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["forgotten", "completed"])
 def test_conversations_that_dify_forgets_cost_no_question(sim, agent, how):
     im, names, lost = agent(), users(sim, 50), 0
@@ -403,31 +403,6 @@ def test_conversations_that_dify_forgets_cost_no_question(sim, agent, how):
         assert said_to(sim, user) == [f"q{number}" for number in range(10)]
     assert len(sim.dify_begun) <= 50 + lost
     assert how == "completed" or len(sim.dify_begun) == 50 + lost
-
-
-def test_conversations_outlive_two_processes_and_a_kill_9(tmp_path):
-    about = {"WEB_CONCURRENCY": 2, "RATE_LIMIT": 0, "AI_PROVIDER": "dify"}
-    with running(**about) as (sim, bot):
-        names = users(sim, 50)
-        for number in range(10):
-            for name in names:
-                sim.say(name, "@RBT#001", f"q{number}")
-            if number == 0:
-                sim.wait(50, timeout=60)
-                sim.ai_delay = 60
-        poll(lambda: len(sim.ai_requests) == 100)
-        bot.stop(signal.SIGKILL)
-        assert len(sim.delivered) == 50
-        for id in random.sample([*sim.dify_conversations], 20):
-            del sim.dify_conversations[id]
-        sim.ai_delay = 0
-        let_claims_lapse(bot.env["DATABASE_URL"].removeprefix("sqlite:///"))
-        bot.start()
-        sim.wait(500, timeout=60)
-        for name in names:
-            assert said_to(sim, name) == [f"q{number}" for number in range(10)]
-        assert len(sim.delivered) == 500 and len(sim.dify_begun) == 70
-        assert len(sim.ai_requests) == 550 and "Traceback" not in bot.log.read_text()
 
 
 WRONG = "a-key-that-is-wrong"
@@ -602,7 +577,9 @@ def test_a_persona_on_dify_beside_one_on_minimax(sim, make_app, tmp_path):
     env |= {"AI_SECRET_KEY": sim.ai_key, "AI_BASE_URL": f"{sim.url}/v1"}
     env |= {"IM_CALLBACK_TOKEN": sim.token, "IM_API_URL": sim.url}
     env |= {"ROBOTS": str(file), "SUPPORT_KEY": "app-support"}
-    own = vars(Settings.from_env(env)) | {"database_url": f"sqlite:///{tmp_path}/b.db"}
+    own = vars(Settings.from_env(PROVIDERS, REPLIES, env)) | {
+        "database_url": f"sqlite:///{tmp_path}/b.db"
+    }
     im = Caller(sim, make_app(**own).test_client())
     for number in (1, 2):
         both = ["@RBT#001", "@RBT#002"]

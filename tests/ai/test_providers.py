@@ -35,21 +35,29 @@ from hypothesis import strategies as st
 from requests.structures import CaseInsensitiveDict
 
 import providers
-from imbot.ai import errors, stream
+from imbot.ai import errors, thinking
 from imbot.ai.errors import ProviderError
 from imbot.ai.provider import Provider
 from imbot.http import CancelScope
+from imbot.timing import Timing
 from providers import PROVIDERS
 
 OFTEN = 1e-9  # seconds between two updates: an update for each piece that comes
 
 
-def ai_service(*bodies, name="openai", status=200, key=AI_KEY, headers=None, **fields):
+FAST = Timing(backoff=0.0)
+
+
+def ai_service(
+    *bodies, name="openai", status=200, key=AI_KEY, headers=None, timing=FAST, **fields
+):
     """Return a Provider whose service answers the tries with `bodies`, and the tries.
 
-    A body is bytes, or a list of the pieces in which they arrive.
+    A body is bytes, or a list of the pieces in which they arrive. All fields of a
+    request are the operator's, so none is left out after a refusal.
     """
-    tries = []
+    tries, service = [], PROVIDERS[name]
+    fields.setdefault("extra", {service.cap: 8192} | service.extra)
 
     def post(url, *given):
         body = bodies[min(len(tries), len(bodies) - 1)]
@@ -60,7 +68,7 @@ def ai_service(*bodies, name="openai", status=200, key=AI_KEY, headers=None, **f
         return nullcontext(SimpleNamespace(status_code=status, headers=head, raw=raw))
 
     session = SimpleNamespace(post=post)
-    return Provider(PROVIDERS[name], key, session=session, **fields), tries
+    return Provider(service, key, session=session, timing=timing, **fields), tries
 
 
 def ai_texts(*bodies, seconds=20.0, interval=OFTEN, **options):
@@ -207,9 +215,9 @@ def test_empty_turns_are_not_sent_and_lone_surrogates_are_cleaned():
     ]
     provider = Provider(PROVIDERS["openai"], AI_KEY, "http://here")
     answer_of(provider, turns)
+    said = {"type": "text", "text": "a?b"}
     assert json.loads(mock.calls[0].request.body)["messages"] == [
-        {"role": "user", "content": "a?b"},
-        {"role": "user", "content": picture},
+        {"role": "user", "content": [said, *picture]},
     ]
 
 
@@ -285,7 +293,7 @@ def test_echo_says_the_users_words_as_they_are():
 
 
 @responses.activate
-def test_zhipu_gets_a_fresh_token_in_milliseconds_for_every_try(no_pause):
+def test_zhipu_gets_a_fresh_token_in_milliseconds_for_every_try():
     error = {"error": {"code": "1003", "message": "expired"}}
     url = "https://open.bigmodel.cn/api/paas/v4/chat/completions"
     first = responses.post(url, status=401, json=error)
@@ -330,16 +338,19 @@ RETRIES = {"busy": 3, "once": 2}  # tries in all; any other kind is asked once
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
-        *((code, "busy") for code in (1000, 1001, 1002, 1013, 1024, 1033, 1041, 2045)),
+        (1002, "busy"),
+        (1033, "busy"),
         (1039, "once"),
-        *((code, "filter") for code in (1026, 1027)),
-        *((code, "quota") for code in (1008, 1028, 1030, 2054, 2056, 2061)),
-        *((code, "setup") for code in (1004, 1042, 1043, 1044, 20132, 2037, 2039)),
-        *((code, "setup") for code in (2042, 2048, 2013, 2038, 2049, 9999, 5021)),
+        (1027, "filter"),
+        (1008, "quota"),
+        (2056, "quota"),
+        (1004, "setup"),
+        (2013, "setup"),
+        (9999, "setup"),
     ],
 )
 @pytest.mark.parametrize("name", ["minimax", "minimax-completion"])
-def test_a_code_of_minimax_decides_about_another_try(no_pause, name, code, kind):
+def test_a_code_of_minimax_decides_about_another_try(name, code, kind):
     base = {"base_resp": {"status_code": code, "status_msg": "something"}}
     body = ai_json({"choices": None, **base}).encode()
     error, tries = ai_failure(body, name=name)
@@ -349,6 +360,7 @@ def test_a_code_of_minimax_decides_about_another_try(no_pause, name, code, kind)
     text = f"something ({code})"
     inner = {"type": "error", "error": {"type": "api_error", "message": text}}
     refused, tries = ai_failure(ai_json(inner).encode(), name=name, status=429)
+    kind = "busy" if code == 9999 else kind  # nobody knows it: the status decides
     assert (refused.kind, tries) == (kind, RETRIES.get(kind, 1))
 
 
@@ -370,38 +382,36 @@ def test_a_code_of_minimax_decides_about_another_try(no_pause, name, code, kind)
         (529, "overloaded_error", None, "busy"),
     ],
 )
-def test_an_http_error_of_minimax_is_read(no_pause, status, name, code, kind):
+def test_an_http_error_of_minimax_is_read(status, name, code, kind):
     text = f"no luck ({code})" if code else "no luck"
     inner = {"type": name, "message": text, "http_code": str(status)}
     body = {"type": "error", "error": inner, "request_id": "r1"}
     data = ai_json(body).encode()
     error, tries = ai_failure(data, name="minimax", status=status)
     assert (error.kind, tries) == (kind, RETRIES.get(kind, 1))
-    assert str(error).startswith(f"HTTP {status}, code {code or name}, trace ")
+    assert error.details.startswith(f"HTTP {status}, code {code or name}, trace ")
     assert "r1" in str(error)
 
 
-def rows(text):
-    return [(code, kind) for kind, *codes in map(str.split, text) for code in codes]
-
-
 @pytest.mark.parametrize(
-    ("code", "kind"),
-    rows(
-        [
-            "busy 500 1120 1234 1302 1303 1305 1312",
-            "once 1003 1230",
-            "filter 1300 1301",
-            "quota 1113 1304 1308 1309 1310 1311 1313",
-            "long 1261",
-            "setup 1000 1001 1002 1004 1100 1110 1111 1112 1121 1200 1210 1211 1212",
-            "setup 1213 1214 1215 1220 1221 1222 1231",
-        ]
-    ),
+    ("status", "code", "kind"),
+    [
+        (200, 1302, "busy"),
+        (429, 1305, "busy"),
+        (500, 1234, "busy"),
+        (500, 500, "busy"),
+        (401, 1003, "once"),
+        (500, 1230, "once"),
+        (400, 1301, "filter"),
+        (429, 1113, "quota"),
+        (429, 1304, "quota"),
+        (500, 1261, "long"),
+        (429, 1211, "setup"),
+        (500, 1214, "setup"),
+    ],
 )
-@pytest.mark.parametrize("status", [200, 400, 401, 429, 434, 500])
-def test_a_code_of_zhipu_decides_whatever_the_status(no_pause, status, code, kind):
-    body = ai_json({"error": {"code": code, "message": "错误"}}).encode()
+def test_a_code_of_zhipu_decides_whatever_the_status(status, code, kind):
+    body = ai_json({"error": {"code": str(code), "message": "错误"}}).encode()
     error, tries = ai_failure(body, name="zhipu", status=status, key="id.secret")
     assert (error.kind, tries) == (kind, RETRIES.get(kind, 1))
 
@@ -409,27 +419,19 @@ def test_a_code_of_zhipu_decides_whatever_the_status(no_pause, status, code, kin
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
-        *((status, "busy") for status in (408, 409, 429, 500, 502, 503, 504, 524, 529)),
-        *((status, "setup") for status in (201, 204, 400, 401, 403, 404, 422)),
-        *((status, "setup") for status in (301, 302, 303, 307, 308)),
+        *((status, "busy") for status in (408, 409, 429, 500, 503, 529)),
+        *((status, "setup") for status in (204, 400, 401, 403, 404, 422)),
+        *((status, "setup") for status in (301, 307)),
         (402, "quota"),
         (413, "long"),
         (451, "filter"),
     ],
 )
-@pytest.mark.parametrize("name", ["minimax", "zhipu", "deepseek"])
-def test_an_http_status_decides_where_no_code_is_known(no_pause, name, status, kind):
-    for body in (
-        b"",
-        b"404 page not found",
-        b"<html>",
-        b'{"error": "no"}',
-        b'"no"',
-        b"[",
-    ):
-        error, tries = ai_failure(body, name=name, status=status)
+def test_an_http_status_decides_where_nothing_else_is_told(status, kind):
+    for body in (b"", b"no luck", b"<html>", b'{"error": "no"}', b'"no"', b"["):
+        error, tries = ai_failure(body, name="minimax", status=status)
         assert (error.kind, tries) == (kind, RETRIES.get(kind, 1)), body
-        assert str(error).startswith(f"HTTP {status}, ")
+        assert error.details.startswith(f"HTTP {status}, ")
 
 
 @pytest.mark.parametrize(
@@ -458,7 +460,7 @@ def test_an_http_status_decides_where_no_code_is_known(no_pause, name, status, k
         ("qwen", 400, {"code": "DataInspectionFailed", "message": "no"}, "filter"),
         ("siliconflow", 400, {"code": 20012, "message": "no", "data": None}, "setup"),
         ("siliconflow", 200, {"code": 20012, "message": "no", "data": None}, "setup"),
-        ("siliconflow", 403, "no balance", "setup"),
+        ("siliconflow", 403, "no balance", "quota"),
         ("siliconflow", 503, "busy", "busy"),
         ("ark", 403, {"error": {"code": "AccountOverdueError"}}, "quota"),
         ("ark", 404, {"error": {"code": "ModelNotOpen"}}, "setup"),
@@ -484,7 +486,7 @@ def test_an_http_status_decides_where_no_code_is_known(no_pause, name, status, k
         ("openai", 200, "<html>not an API</html>", "setup"),
     ],
 )
-def test_the_errors_of_other_services_are_read(no_pause, name, status, body, kind):
+def test_the_errors_of_other_services_are_read(name, status, body, kind):
     data = (body if isinstance(body, str) else ai_json(body)).encode()
     error, tries = ai_failure(data, name=name, status=status)
     assert (error.kind, tries) == (kind, RETRIES.get(kind, 1))
@@ -517,7 +519,7 @@ def test_an_error_in_mid_stream_is_raised_after_the_text_before_it(event, kind):
     assert (texts, caught.value.kind, len(tries)) == (["一二三"], kind, 1)
 
 
-def test_a_cut_answer_is_asked_for_again_unless_some_of_it_was_shown(no_pause):
+def test_a_cut_answer_is_asked_for_again_unless_some_of_it_was_shown():
     cut, good = sse(delta("一"), end=""), RECORDED["openai"]
     assert ai_answer(cut, cut, good, interval=0) == ANSWER
     error, tries = ai_failure(cut, interval=0)
@@ -528,7 +530,7 @@ def test_a_cut_answer_is_asked_for_again_unless_some_of_it_was_shown(no_pause):
     assert ai_answer(plain[:-9], plain) == ANSWER
 
 
-def test_every_recorded_answer_is_an_error_when_cut_before_its_end(no_pause):
+def test_every_recorded_answer_is_an_error_when_cut_before_its_end():
     recorded = RECORDED["openai"]
     end = recorded.index(b'"finish_reason": "stop"') + len(
         b'"finish_reason": "stop"}]}'
@@ -603,7 +605,7 @@ def test_retry_after_may_be_a_date(seconds, wait):
 
 
 @pytest.mark.parametrize(
-    ("wait", "seconds", "tries"), [("0.05", 20, 3), ("61", 90, 1), ("5", 3, 1)]
+    ("wait", "seconds", "tries"), [("0.02", 20, 3), ("61", 90, 1), ("5", 3, 1)]
 )
 def test_a_wait_that_is_too_long_is_not_begun(wait, seconds, tries):
     began = time.monotonic()
@@ -616,8 +618,8 @@ def test_a_wait_that_is_too_long_is_not_begun(wait, seconds, tries):
 
 def test_the_pauses_between_tries_grow_and_vary():
     began = time.monotonic()
-    ai_failure(b"", status=503)
-    assert 0.375 + 0.75 <= time.monotonic() - began < 2.5
+    ai_failure(b"", status=503, timing=Timing(backoff=0.1))
+    assert (0.1 + 0.2) * 0.75 <= time.monotonic() - began < 2
 
 
 THINKING = {
@@ -648,7 +650,7 @@ THINKING = {
 
 @pytest.mark.parametrize(("text", "answer"), THINKING.items())
 def test_thinking_is_taken_out_wherever_the_text_is_split(text, answer):
-    assert stream.without_thinking(text) == answer
+    assert thinking.visible(text) == answer
     for place in range(len(text)):
         for other in range(place, len(text)):
             parts = text[:place], text[place:other], text[other:]
@@ -665,7 +667,7 @@ def test_a_text_so_far_shows_no_half_of_a_tag_or_an_emoji(text):
     units = bytes(halves).decode("utf-16-be", "surrogatepass")
     assert units == text
     for place in range(len(text) + 1):
-        shown = stream.without_thinking(text[:place], final=False)
+        shown = thinking.visible(text[:place], final=False)
         assert not shown or shown[-1] not in "<\ufffd"
         assert not re.search(r"<(/?(mm:)?(t|th|thi|thin|think)?)?\Z", shown)
 
@@ -747,7 +749,7 @@ def test_one_read_makes_one_text_and_a_text_is_not_repeated():
 
 
 def test_halves_of_an_emoji_come_together_and_a_lone_one_is_replaced():
-    read = stream.without_thinking
+    read = thinking.visible
     assert read("a\ud83d\ude00b") == "a😀b"
     assert read("a\ud83db\ude00") == "a\ufffdb\ufffd"
     assert read("a\ud83d") == "a\ufffd"
@@ -758,8 +760,7 @@ def test_halves_of_an_emoji_come_together_and_a_lone_one_is_replaced():
     "part",
     ["abcd", "我们的", "<b>x", "</p>", "a <", "</thi\n", "`</think>", "</think>"],
 )
-def test_a_long_answer_costs_little(part, monkeypatch):
-    monkeypatch.setattr(providers, "LONGEST_ANSWER", 1 << 30)
+def test_a_long_answer_costs_little(part):
     body = sse(*[delta(part)] * 50_000, delta("end", finish="stop"))
     pieces = [body[i : i + 65536] for i in range(0, len(body), 65536)]
     provider, _ = ai_service(pieces)
@@ -770,7 +771,7 @@ def test_a_long_answer_costs_little(part, monkeypatch):
     assert texts[-1] == ("end" if part == "</think>" else said)
 
 
-def test_too_much_is_refused(no_pause):
+def test_too_much_is_refused():
     endless = (b"data: " + b"x" * 60_000 for _ in range(10**6))
     assert ai_failure(endless)[0].kind == "setup"
     lines = (sse(delta("x" * 60_000), end="") for _ in range(10**6))
@@ -784,4 +785,4 @@ def test_an_error_is_told_in_short_and_without_the_key():
     assert AI_KEY not in str(error)
     assert "\n" not in str(error)
     assert "t-1" in str(error)
-    assert 500 < len(str(error)) < 600
+    assert 200 < len(str(error)) < 600

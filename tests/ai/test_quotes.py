@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import botserver
+from imbot.tencent.callback import Message
 
 
 def replies_to(quote):
@@ -48,5 +48,5 @@ def test_a_command_is_one_whatever_it_replies_to(im):
 
 def test_what_was_stored_before_there_were_quotes_is_still_read():
     old = {"id": "1", "robot": "@RBT#001", "user": "jared", "text": "hi", "images": []}
-    message = botserver.read_message(old)
+    message = Message.load(old)
     assert (message.quote, message.sent, message.images) == ("", 0, ())

@@ -1,0 +1,217 @@
+"""Asking again with less: what a question can do without when a service refuses it.
+
+    attempts = Attempts(question, lessons, optional, keeps_history)
+    attempts.question()          # what to ask
+    attempts.shrink(error)       # after a refusal: whether there is less to ask
+    attempts.answered()          # what helped is remembered for the next question
+
+A cut that was not needed is found out later: each question tries to do without one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..http import CancelScope
+from .errors import Json, ProviderError
+
+CUTS = {  # cheapest first, with the words of a refusal that name it
+    "pictures": r"image|picture|vision|multi-?modal|\bfile|图",
+    "history": r"alternat|context|too long|token.{0,20}exceed|exceed.{0,20}token",
+    "options": r"think|reason|max_\w*tokens|param|argument|unrecogni|field|option",
+    "system": r"system",
+}
+VALUE = ["system", "options", "pictures", "history"]  # the last one is missed most
+PLACEHOLDER = "…"  # what a user "said" before a robot wrote first
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a service is asked."""
+
+    messages: list[Json]  # OpenAI's
+    scope: CancelScope
+    update_interval: float  # seconds between two texts; 0 for the whole one alone
+    memory: Json
+
+
+@dataclass
+class Lessons:
+    """What a service has refused, until the process ends."""
+
+    needed: set[str] = field(default_factory=set)  # cuts without which it refuses
+    unsure: set[str] = field(default_factory=set)  # others that were made with them
+    room: float = float("inf")  # characters of all messages that it takes
+    filtered: set[int] = field(default_factory=set)  # hashes of turns it refuses
+    told: dict[str, str] = field(default_factory=dict)  # by cut, for the operator
+
+
+def words(turn: Json) -> str:
+    """Return the text of a message, of which pictures may be a part."""
+    content = turn["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
+def size(messages: list[Json]) -> int:
+    """Return the characters of messages."""
+    return sum(len(words(turn)) for turn in messages)
+
+
+def alternating(messages: list[Json]) -> list[Json]:
+    """Return messages of which no two neighbours have one role, a user's first."""
+    turns: list[Json] = []
+    for turn in messages:
+        if turns and turns[-1]["role"] == turn["role"]:
+            turns[-1] = turn | {"content": _join(turns[-1]["content"], turn["content"])}
+            continue
+        if turn["role"] == "assistant" and (not turns or turns[-1]["role"] == "system"):
+            turns.append({"role": "user", "content": PLACEHOLDER})
+        turns.append(turn)
+    return turns
+
+
+def _join(one: Any, other: Any) -> Any:
+    """Return two contents as one, be they texts or lists of parts."""
+    if isinstance(one, str) and isinstance(other, str):
+        return f"{one}\n\n{other}"
+    parts = (
+        [{"type": "text", "text": c}] if isinstance(c, str) else c for c in (one, other)
+    )
+    return sum(parts, [])
+
+
+class Attempts:
+    """The ways to ask one question, each with less than the one before."""
+
+    def __init__(
+        self, question: Question, lessons: Lessons, preset: Json, remembers: bool
+    ) -> None:
+        """`preset` has the fields of the request that are not the operator's."""
+        self.full, self.lessons, self.preset = question, lessons, preset
+        self.cuts: list[tuple[str, ProviderError]] = []  # made for this question
+        *before, self.last = question.messages
+        is_system = [turn["role"] == "system" and not remembers for turn in before]
+        self.system = [t for t, it_is in zip(before, is_system, strict=True) if it_is]
+        self.turns = [
+            t for t, it_is in zip(before, is_system, strict=True) if not it_is
+        ]
+        possible = {
+            "pictures": not isinstance(self.last["content"], str),
+            "history": bool(self.turns) and not remembers,
+            "options": bool(preset),
+            "system": bool(self.system) and not remembers,
+        }
+        self.possible = [cut for cut in CUTS if possible[cut]]
+        self.less = (lessons.needed | lessons.unsure) & {*self.possible}
+        tested = [cut for cut in self.possible if cut in lessons.unsure]
+        self.tested = max(tested, key=VALUE.index, default="")  # perhaps not needed
+        self.less.discard(self.tested)
+
+    def question(self) -> Question:
+        """Return what to ask now."""
+        system, turns, last = self.system, self._turns(), self.last
+        if "pictures" in self.less:
+            last = last | {"content": words(last)}
+        if "system" in self.less:
+            last = last | {"content": _join(words(system[0]), last["content"])}
+            system = []
+        left_out = {"history"} if len(turns) < len(self.turns) else set()
+        self.full.scope.left_out = left_out | self.less & {"pictures"}
+        return replace(self.full, messages=[*system, *turns, last])
+
+    def _turns(self) -> list[Json]:
+        """Return the old turns that the service takes."""
+        turns, room = self.turns, self.lessons.room
+        for number, turn in enumerate(self.turns, 1):
+            if hash(words(turn)) in self.lessons.filtered:
+                turns = self.turns[number:]
+        room -= size([*self.system, self.last])
+        while turns and size(turns) > room and "history" in self.possible:
+            turns = turns[1:]
+        return [] if "history" in self.less else turns
+
+    def shrink(self, error: ProviderError) -> bool:
+        """Ask for less next time; return whether that may help after this error."""
+        named = [c for c, word in CUTS.items() if re.search(word, error.details, re.I)]
+        left = [cut for cut in self.possible if cut not in self.less]
+        if not self._turns():
+            left = [cut for cut in left if cut != "history"]
+        if error.kind == "filter":  # of an old turn, or of this question
+            left = [cut for cut in left if cut == "history"]
+        elif not error.refused:
+            seen = error.kind == "setup" and "pictures" in named
+            left = [cut for cut in left if cut == "pictures" and seen]
+        if error.kind == "long":
+            named, left = ["history"], [cut for cut in left if cut != "system"]
+        if not left:
+            return False
+        self.before = size(self.question().messages)
+        cut = min(left, key=lambda cut: (cut != self.tested, cut not in named))
+        self.less.add(cut)
+        self.cuts.append((cut, error))
+        return True
+
+    def answered(self) -> str:
+        """Remember what helped; return the sentence about it, if it is news."""
+        lessons = self.lessons
+        if not self.cuts:
+            lessons.unsure.discard(self.tested)
+            return ""
+        *others, (cut, error) = self.cuts
+        if error.kind == "filter":
+            lessons.filtered |= {hash(words(turn)) for turn in self.turns}
+        elif cut == "history":
+            fits = size(self.question().messages)
+            lessons.room = min(lessons.room, max(fits, self.before // 2))
+        else:
+            lessons.needed.add(cut)
+        lessons.unsure |= {other for other, _ in others}
+        lessons.unsure -= {cut, *lessons.needed}
+        if cut in lessons.told:
+            return ""
+        lessons.told[cut] = f"answers only without {self._advice(cut, error)}: {error}"
+        return lessons.told[cut]
+
+    def _advice(self, cut: str, error: ProviderError) -> str:
+        """Return what is left out, and the setting that makes this lasting."""
+        fields = [name for name in self.preset if name in error.details]
+        extra = json.dumps(dict.fromkeys(fields or self.preset))
+        return {
+            "pictures": "pictures (AI_IMAGES=0 saves the refused call)",
+            "history": "some old turns (see HISTORY_TURNS)",
+            "options": f"some fields (AI_EXTRA_BODY={extra} saves the refused call)",
+            "system": "a system role (so the prompt is part of the question)",
+        }[cut]
+
+    def explained(self, error: ProviderError) -> ProviderError:
+        """Return the error to tell, when nothing helped: the first, and what to do."""
+        if self.cuts and error.kind in ("setup", "long", "filter"):
+            error = self.cuts[0][1]
+        named = {c for c, word in CUTS.items() if re.search(word, error.details, re.I)}
+        if not error.refused or error.hint:
+            return error
+        if capped := self._capped(error.details):
+            error.kind, error.hint = "setup", f"set AI_EXTRA_BODY={json.dumps(capped)}"
+        elif "pictures" in named and "pictures" in self.possible:
+            error.kind, error.hint = "no_vision", "AI_IMAGES=0 if it reads no pictures"
+        elif "stream" in error.details:
+            other = json.dumps({"stream": not self.full.update_interval})
+            error.hint = f"AI_EXTRA_BODY={other} may help"
+        elif "options" in named and error.kind == "setup" and self.preset:
+            error.hint = f"without {self._advice('options', error)}"
+        return error
+
+    def _capped(self, details: str) -> Json:
+        """Return a smaller cap on an answer's tokens, if it is ours that is refused."""
+        context = re.search(r"context\D{0,40}(\d{3,})", details)
+        most = int(context[1]) if context else 0
+        for name, cap in self.preset.items():
+            if type(cap) is int and re.search(rf"\b{cap}\b", details):
+                if most <= cap or re.search(r"max_\w*tokens", details):
+                    return {name: (most or cap) // 2}
+        return {}
