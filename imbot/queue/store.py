@@ -293,7 +293,7 @@ class Store:
         """
         ended = self._end(claim, "fail", reason)
         if ended:
-            logger.error("message %s failed: %s", claim.id, reason)
+            logger.error("message %s failed: %s", claim.id, storable(reason))
         return ended
 
     def _end(self, claim: Claim, how: str, reason: str = "") -> bool:
