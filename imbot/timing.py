@@ -18,6 +18,7 @@ class Timing:
     poll: float = 0.5  # between two rounds of the maintenance loop
     heartbeat: float = 1.0  # between two renewals of the claims
     regain: float = 2.0  # after a pause, for other processes to renew their claims
+    again: float = 1.0  # before a message whose handler failed is claimed again
     minute: float = 60.0  # over which RATE_LIMIT counts
     prune_every: float = 3600.0  # between two deletions of what is old
     prune_pause: float = 0.02  # between their batches, so that others get their turn

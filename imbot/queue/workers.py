@@ -190,7 +190,7 @@ class Workers:
 
     def _work(self, claim: Claim) -> None:
         """Handle one message, and release it if that fails."""
-        job = Job(claim)
+        job, again = Job(claim), self.timing.again
         with self._ended:
             too_late = self.draining  # close() does not wait for it
             if not too_late:
@@ -204,10 +204,10 @@ class Workers:
             self._release(job, 0.0)  # changes nothing, unless we claimed it again
         except StoreError as error:
             self._note(error)
-            self._release(job, 1.0, attempted=self._is_its_fault(error))
+            self._release(job, again, attempted=self._is_its_fault(error))
         except Exception as error:
             log_error(claim.id, error)
-            self._release(job, 1.0, attempted=True)
+            self._release(job, again, attempted=True)
         finally:
             with self._ended:
                 del self._in_flight[claim.seq]
