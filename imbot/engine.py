@@ -73,7 +73,8 @@ class Engine:
         """Create a bot without starting it. Exit with a sentence if it cannot work."""
         try:
             settings = settings or cls.read_settings()
-            return cls(settings, open_store(settings.database_url, timing), timing)
+            url, app = settings.database_url, settings.im_sdkappid
+            return cls(settings, open_store(url, timing, app), timing)
         except (SettingsError, StoreError) as error:
             at = "DATABASE_URL: {}." if isinstance(error, StoreError) else "{}"
             print(at.format(error), file=sys.stderr)
@@ -185,7 +186,7 @@ class Engine:
         message = self.nicks.settle(Message.load(job.claim.data))
         chat = self._chat(message, job.claim.conversation)
         delivery = Delivery(self.outbox, job, chat, self._reply_mode(message))
-        if job.claim.spent or delivery.progress.gives_up:
+        if job.claim.exhausted or delivery.progress.gives_up:
             return delivery.give_up(f"its work was cut short {MAX_ATTEMPTS} times")
         if not self.missed.comes_first(job.claim, message):
             delivery.settle()

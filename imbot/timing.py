@@ -18,7 +18,19 @@ class Timing:
     poll: float = 0.5  # between two rounds of the maintenance loop
     heartbeat: float = 1.0  # between two renewals of the claims
     regain: float = 2.0  # after a pause, for other processes to renew their claims
+    again: float = 1.0  # before a message whose handler failed is claimed again
     minute: float = 60.0  # over which RATE_LIMIT counts
+    prune_every: float = 3600.0  # between two deletions of what is old
+    prune_pause: float = 0.02  # between their batches, so that others get their turn
+
+    # The store. Tencent waits 2 s for the answer to a callback.
+    locked: float = 1.5  # for a SQLite file that another process has locked
+    look: float = 0.0005  # between two attempts to get it
+    connection: float = 0.6  # for a free connection to PostgreSQL
+    step: float = 1.0  # for a whole transaction there
+    reconnect: float = 0.3  # during which a step is tried on another connection
+    recheck: float = 0.05  # callbacks wait for the one that tries the store again
+    turn: float = 5.0  # workers wait for callbacks and for each other
 
     # Calls of Tencent's REST API.
     call_timeout: float = 10.0  # one try of a call, from its start to its last byte

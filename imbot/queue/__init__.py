@@ -5,7 +5,7 @@ Nothing here knows of chats, AI or Tencent.
 
 from ..timing import NORMAL, Timing
 from .sql import NO_LIMIT, Added
-from .store import MAX_ATTEMPTS, Claim, Store, StoreError
+from .store import MAX_ATTEMPTS, Claim, Store, StoreBusy, StoreError
 from .workers import Job, LeaseLost, Workers, log_error
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Job",
     "LeaseLost",
     "Store",
+    "StoreBusy",
     "StoreError",
     "Workers",
     "log_error",
@@ -23,15 +24,16 @@ __all__ = [
 ]
 
 
-def open_store(url: str, timing: Timing = NORMAL) -> Store:
-    """Return the store that a DATABASE_URL names. Raises StoreError."""
+def open_store(url: str, timing: Timing = NORMAL, app: int = 0) -> Store:
+    """Open the store that a DATABASE_URL names, for one app (IM_SDKAPPID), or for
+    any if `app` is 0. Raises StoreError."""
     scheme = url.partition(":")[0]
     if scheme == "sqlite":
         from .sqlite import SQLiteStore
 
-        return SQLiteStore(url, timing)
+        return SQLiteStore(url, timing, app)
     try:
         from .postgres import PostgresStore
     except ImportError as error:
         raise StoreError(f"{error}; see requirements.txt") from None
-    return PostgresStore(url, timing)
+    return PostgresStore(url, timing, app)

@@ -2,10 +2,10 @@
 
     DATABASE_URL=postgresql://user:password@host:5432/name
 
-The verbs and their SQL are those of store.py. Here is what PostgreSQL needs: row locks,
-the server's clock, a pool of few connections, and a limit to every wait. Nothing lives
-in a session, so PgBouncer may stand between in transaction mode. To do without this
-file delete it, its line in STORES and psycopg in requirements.txt.
+The operations are those of store.py, their SQL that of sql.py. Here is what PostgreSQL
+needs: row locks, the server's clock, a pool of few connections, and a limit to every
+wait. Nothing lives in a session, so PgBouncer may stand between in transaction mode.
+Without this file and psycopg in requirements.txt there is SQLite only.
 """
 
 from __future__ import annotations
@@ -14,36 +14,38 @@ import ipaddress
 import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Generator
 from typing import Any, ClassVar
+from urllib.parse import parse_qsl
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import TransactionStatus
+from psycopg.pq import Conninfo, TransactionStatus
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from ..timing import NORMAL, Timing
-from .sql import SCHEMA, Data, Step, add_step, end_step
-from .store import Store, StoreError
+from .sql import ADD_VERSION, SCHEMA, Data, Rows, Step, add_step, check_step, end_step
+from .store import DURABLE, Store, StoreBusy, StoreError
 
-CONNECTIONS = 4  # of one process at the most: the smallest plans allow 20 in all
-POOL_TIMEOUT = 0.6  # seconds to wait for a connection; Tencent waits 2 for an answer
-STEP_TIMEOUT = 1.0  # seconds for a whole transaction
-STALE_TIMEOUT = 0.3  # seconds in which a step is tried on another connection
+CONNECTIONS = 4  # of one process at most: the smallest plans allow 20 in all
 SCHEMA_LOCK = 1380076593  # names the advisory lock under which tables are made
-# What is in the reason of a failed connection that will not be well by itself.
+# Steps that wait for no worker: a callback or all claims depend on them.
+URGENT = (add_step, check_step, "cancel", "heartbeat", "repair", "load", "stats")
+# Connection errors that retrying will not fix.
 HOPELESS = (
     "authentication failed|no password|does not exist|no such|pg_hba|"
     "support SSL|certificate"
 )
-# SQLSTATEs of a connection that was closed: none, by the end of the server, by a crash.
+# SQLSTATEs of a lost connection: no code, server shutdown, server crash.
 CLOSED = (None, "57P01", "57P02")
 DEFAULTS = {"connect_timeout": "2", "client_encoding": "utf8"}
+FORM = "it is not like postgresql://user:password@host:5432/name"
 PRIVATE_NAMES = (".internal", ".local", ".localhost", ".svc", ".flycast", ".lan")
 
-BEGIN = f"""BEGIN ISOLATION LEVEL READ COMMITTED;
-    SET LOCAL statement_timeout = {STEP_TIMEOUT * 1000:.0f}; """
+BEGIN = """BEGIN ISOLATION LEVEL READ COMMITTED;
+    SET LOCAL statement_timeout = {:.0f}; """
 DURABILITY = """SELECT reset_val FROM pg_settings
     WHERE name IN ('fsync', 'synchronous_commit') ORDER BY name"""
 
@@ -92,19 +94,22 @@ class PostgresStore(Store):
         "skip_locked": "FOR UPDATE SKIP LOCKED",
         "each": "SELECT value FROM jsonb_array_elements_text",
         "object_of": "json_object_agg",
+        "if_not_exists": "IF NOT EXISTS",
     }
 
-    def __init__(self, url: str, timing: Timing = NORMAL) -> None:
-        super().__init__(timing)
+    def __init__(self, url: str, timing: Timing = NORMAL, app: int = 0) -> None:
+        super().__init__(timing, app)
         self._sql = {n: re.sub(r":(\w+)", r"%(\1)s", s) for n, s in self._sql.items()}
-        conninfo, self._password = _conninfo(url)
+        conninfo, self._password = conninfo_of(url)
         # Cursors that put the values in: one message for a whole short transaction.
         options: Data = {"autocommit": True, "prepare_threshold": None}
         options |= {"cursor_factory": psycopg.ClientCursor}
-        self._ready = False  # the tables are there
+        self._ready = False  # the tables exist, and the database is this app's
+        # Workers leave one connection to URGENT steps.
+        self._share = threading.BoundedSemaphore(CONNECTIONS - 1)
         try:
             with BoundedConnection.connect(conninfo, **options) as first:
-                self._make_schema(first)
+                self._prepare(first)
         except psycopg.Error as error:
             passing = isinstance(error, psycopg.OperationalError)
             if not passing or re.search(HOPELESS, str(error)):
@@ -115,56 +120,79 @@ class PostgresStore(Store):
             kwargs=options,
             min_size=0,
             max_size=CONNECTIONS,
-            timeout=POOL_TIMEOUT,
+            timeout=timing.connection,
             reconnect_timeout=1,
             open=True,
         )
 
-    def _make_schema(self, connection: BoundedConnection) -> None:
-        """Make the tables, unless they are there; other processes wait meanwhile."""
+    def _prepare(self, connection: BoundedConnection) -> None:
+        """Create the tables unless they exist, and check whose the database is."""
         # Looked for first: to create what exists waits for whoever vacuums a table, and
         # all who write wait behind.
-        connection.deadline = time.monotonic() + STEP_TIMEOUT
-        last = "SELECT to_regclass('message_asked') IS NOT NULL"
-        if connection.execute(last).fetchone() != (True,):
+        connection.deadline = time.monotonic() + self.timing.step
+        newest = "SELECT to_regclass('about') IS NOT NULL"
+        if connection.execute(newest).fetchone() != (True,):
             lock = f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})"
-            schema = SCHEMA.format(**self.dialect)
-            connection.execute(f"BEGIN; {lock}; {schema}; COMMIT")
+            tables = f"{SCHEMA}; {ADD_VERSION}".format(**self.dialect)
+            connection.execute(f"BEGIN; {lock}; {tables}; COMMIT")
+
+        def execute(name: str, values: Data, last: bool = False) -> Rows:
+            return connection.execute(self._sql[name], values).fetchall()
+
+        self._check_owner(execute)
         self._ready = True
 
     def _write(self, step: Step, values: Data) -> Any:
-        began = time.monotonic()
+        if step in URGENT:
+            return self._retried(step, values)
+        if not self._share.acquire(timeout=self.timing.turn):
+            raise StoreBusy("PostgreSQL is slow: a worker did not get its turn")
+        try:
+            return self._retried(step, values)
+        finally:
+            self._share.release()
+
+    def _retried(self, step: Step, values: Data) -> Any:
+        """Run a step; on another connection if the server had closed this one."""
+        end = time.monotonic() + self.timing.reconnect
         while True:
             try:
                 return self._transact(step, values)
+            except PoolTimeout as error:
+                # All connections are in use, unless the server refuses new ones.
+                busy = not BoundedConnection.refusal
+                raise (StoreBusy if busy else StoreError)(
+                    self._redacted(error)
+                ) from None
             except psycopg.Error as error:
-                # What the server closed while it was idle tells it now, at once.
+                # What the server closed while it was idle fails now, at once.
                 stale = error.sqlstate in CLOSED and not self._pool.closed
-                if not stale or time.monotonic() > began + STALE_TIMEOUT:
+                if not stale or time.monotonic() > end:
                     raise StoreError(self._redacted(error)) from None
 
     def _transact(self, step: Step, values: Data) -> Any:
-        # This process may live on when the server crashes: nobody would end a message
-        # again that is open once more. (SQLite's file crashes with its processes.)
-        durable = step in (add_step, end_step)
-        begin = BEGIN + ("" if durable else "SET LOCAL synchronous_commit = off; ")
-        commit = "; COMMIT" if isinstance(step, str) else ""
+        # This process may live on when the server crashes, and a finish() lost in the
+        # crash would never be repeated. (SQLite's file crashes with its processes.)
+        durable = step in DURABLE or step is end_step
+        begin = BEGIN.format(self.timing.step * 1000)
+        begin += "" if durable else "SET LOCAL synchronous_commit = off; "
 
-        def execute(step: Step, values: Data) -> Any:
+        def execute(step: Step, values: Data, last: bool = False) -> Any:
             if callable(step):
                 return step(execute, values)
-            # One message to the server opens the transaction and does the statement.
+            # One message to the server opens the transaction and runs the statement.
             idle = connection.info.transaction_status == TransactionStatus.IDLE
-            sql = (begin if idle else "") + self._sql.get(step, step) + commit
+            sql = (begin if idle else "") + self._sql.get(step, step)
+            sql += "; COMMIT" if last else ""
             results = connection.execute(sql, values).results()
             return [row for each in results if each.description for row in each]
 
         with self._pool.connection() as connection:  # which commits at its end
             try:
                 if not self._ready:
-                    self._make_schema(connection)
-                connection.deadline = time.monotonic() + STEP_TIMEOUT
-                return execute(step, values)
+                    self._prepare(connection)
+                connection.deadline = time.monotonic() + self.timing.step
+                return execute(step, values, last=True)
             except BaseException:
                 connection.close()  # it may be in the middle of something
                 raise
@@ -191,18 +219,40 @@ class PostgresStore(Store):
         self._pool.close()
 
 
-def _conninfo(url: str) -> tuple[str, str]:
-    """Return what libpq wants to know, and the password. TLS is required unless the URL
-    says otherwise or the host is this machine or in a private network."""
+def conninfo_of(url: str) -> tuple[str, str]:
+    """Return what libpq needs, and the password. Raises StoreError.
+
+    TLS is required unless the URL says otherwise or every host is private.
+    """
+    if fault := _fault_of(url):
+        raise StoreError(fault)
     try:
         info = {**DEFAULTS, **conninfo_to_dict(url)}
     except psycopg.Error:  # its text may hold a part of the password
-        raise StoreError(
-            "it is not like postgresql://user:password@host:5432/name"
-        ) from None
-    if not _is_private(str(info.get("host", ""))):
+        raise StoreError(FORM) from None
+    if not all(map(_is_private, str(info.get("host", "")).split(","))):
         info.setdefault("sslmode", "require")
+    if info.get("sslmode") == "verify-full":
+        info.setdefault("sslrootcert", "system")  # needs libpq 16
     return make_conninfo("", **info), str(info.get("password", ""))
+
+
+def _fault_of(url: str) -> str:
+    """Return what is wrong with a URL, without any piece of it that may be secret."""
+    place, _, tail = url.partition("://")[2].partition("/")
+    user, at, hosts = place.rpartition("@")
+    path, _, query = f"{hosts}/{tail}".partition("?")
+    if "@" in user:
+        return "write %40 for @ in the user name and the password"
+    if re.search("%(?![0-9A-Fa-f]{2})", user):
+        return "write %25 for % in the user name and the password"
+    if "@" in path or ("@" in query and not at and "user=" not in query):
+        return f"{FORM}; write %2F for / in the user name and the password"
+    known = {option.keyword.decode() for option in Conninfo.get_defaults()} | {"ssl"}
+    for name, _ in parse_qsl(query, keep_blank_values=True):
+        if re.fullmatch(r"\w+", name) and name not in known:
+            return f"{name} is not a parameter of libpq: leave it out"
+    return ""
 
 
 def _is_private(host: str) -> bool:

@@ -1,7 +1,8 @@
 """The tables, and the SQL of every store operation, for SQLite and PostgreSQL alike.
 
 {words} in braces are spelled by each engine (see `dialect`). A step is one statement,
-or a function that runs several in one transaction.
+or a function that runs several in one transaction. A step of several statements locks
+its conversation first, so that no two of them wait for each other.
 """
 
 from __future__ import annotations
@@ -9,28 +10,42 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 NO_LIMIT = 2**31 - 1
+# Of what `data`, `reply` and `progress` hold. Raise it when the code of before could
+# not read them: after a rollback it leaves such messages to the newer code.
+ROW_VERSION = 1
 
 Data = dict[str, Any]
 Rows = list[tuple[Any, ...]]
-Execute = Callable[[str, Data], Rows]
-Step = str | Callable[[Execute, Data], Any]  # a statement's name, or several in one
+
+
+class Execute(Protocol):
+    """Runs a statement inside the transaction and returns its rows.
+
+    `last` means that no other follows, so the commit may travel with it.
+    """
+
+    def __call__(self, name: str, values: Data, /, last: bool = False) -> Rows: ...
+
+
+Step = str | Callable[[Execute, Data], Any]  # the name of one statement, or several
 
 
 class Added(StrEnum):
-    """What became of a message that was given to add."""
+    """The result of add."""
 
     NEW = "new"
-    KNOWN = "known"  # its id was added before
+    KNOWN = "known"  # the id was added before
     QUEUE_FULL = "queue_full"  # `room` messages of the conversation are open
-    RATE_LIMITED = "rate_limited"  # its asker added `rate` in the last minute
+    RATE_LIMITED = "rate_limited"  # the asker added `rate` in the last minute
 
 
 # The state of a message is `open`, `done` (remembered), `gone` (only its id is left) or
-# `failed`. `due` is when a conversation may be claimed: at once, after a pause, or when
-# the lease of a claim has run out. `attempts` counts the claims of its oldest message.
+# `failed`. `due` is when a conversation may be claimed: at once, after a delay, or when
+# the lease of a claim expires. `attempts` counts the claims of its oldest message.
+# `about` says of what app the database is; it is the newest table (see postgres.py).
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS message (
     seq {serial},
@@ -45,7 +60,8 @@ CREATE TABLE IF NOT EXISTS message (
     sent DOUBLE PRECISION NOT NULL,
     accepted DOUBLE PRECISION NOT NULL,
     ended DOUBLE PRECISION,
-    reason TEXT
+    reason TEXT,
+    version INTEGER NOT NULL DEFAULT 1
 );
 CREATE TABLE IF NOT EXISTS conversation (
     name TEXT PRIMARY KEY,
@@ -65,12 +81,22 @@ CREATE INDEX IF NOT EXISTS message_of ON message (conversation, state, sent, seq
 CREATE INDEX IF NOT EXISTS message_failed ON message (seq) WHERE state = 'failed';
 CREATE INDEX IF NOT EXISTS message_asked ON message (asker, accepted)
     WHERE asker IS NOT NULL;
+CREATE TABLE IF NOT EXISTS about (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+){without_rowid};
 """
+# For a table that was made before it had this column.
+ADD_VERSION = """ALTER TABLE message
+    ADD COLUMN {if_not_exists} version INTEGER NOT NULL DEFAULT 1"""
 
 _HELD = "name = :conversation AND token = :token"
 
-# A step of several statements locks its conversation first: no two wait for each other.
 SQL = {
+    # The first app owns the database; return the owner.
+    "own": """INSERT INTO about (name, value) VALUES ('app', :app)
+        ON CONFLICT (name) DO UPDATE SET value = about.value RETURNING value""",
+    "owner": "SELECT value FROM about WHERE name = 'app'",
     # Count a message in. What waits for this lock gets a later seq.
     "enter": """INSERT INTO conversation (name, open, due)
         VALUES (:conversation, 1, {now})
@@ -78,9 +104,9 @@ SQL = {
         RETURNING open""",
     # Keep a message, unless it is known or a limit is reached.
     "insert": """INSERT INTO message
-            (id, conversation, asker, data, reply, remember, sent, accepted)
+            (id, conversation, asker, data, reply, remember, sent, accepted, version)
         SELECT :id, :conversation, nullif(:asker, ''), :data, :reply,
-            :remember, :sent, {now}
+            :remember, :sent, {now}, :version
         WHERE :open <= :room AND :rate > (SELECT count(*) FROM message
             WHERE asker = :asker AND accepted BETWEEN {now} - :minute AND {now})
         ON CONFLICT (id) DO NOTHING RETURNING 1""",
@@ -95,27 +121,31 @@ SQL = {
         WHERE name = (SELECT name FROM conversation WHERE due <= {now}
             ORDER BY due LIMIT 1 {skip_locked})
         RETURNING name, attempts""",
-    # The message to work on, and the kept values that its worker wants to see.
+    # The message to work on, and the kept values that its worker asked for.
     "oldest": """SELECT seq, id, data, reply, progress, accepted, (
             SELECT CAST({object_of}(name, value) AS text)
             FROM kept WHERE name IN ({each}(:kept)))
         FROM message WHERE conversation = :conversation AND state = 'open'
+            AND version <= :version
         ORDER BY sent, seq LIMIT 1""",
-    # Prolong leases, and say which of them still are.
+    # Extend leases; return those that did not expire.
     "heartbeat": """UPDATE conversation SET due = {now} + :lease
         WHERE name IN ({each}(:names)) AND token IN ({each}(:tokens))
         RETURNING token, cancelled""",
-    # After the clock was set back, nothing waits for it to catch up.
+    # After the clock was set back, nothing waits until it catches up.
     "repair": """UPDATE conversation
         SET due = {now} + CASE WHEN token IS NULL THEN 0 ELSE :lease END
         WHERE due > {now} + :longest""",
-    "save_reply": f"""UPDATE message SET reply = coalesce(:reply, reply),
-            remember = CASE WHEN :reply IS NULL THEN remember ELSE :remember END,
-            progress = coalesce(:progress, progress)
+    "save_reply": f"""UPDATE message
+        SET reply = :reply, remember = :remember, progress = :progress
         WHERE seq = :seq
             AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})
         RETURNING 1""",
-    # End a claim: of a conversation's only open message, or of one of several.
+    "save_progress": f"""UPDATE message SET progress = :progress
+        WHERE seq = :seq
+            AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})
+        RETURNING 1""",
+    # Free the conversation of its only open message, or of one of several.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
     "free": f"""UPDATE conversation
         SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0
@@ -133,21 +163,24 @@ SQL = {
     "cancel": """UPDATE conversation SET cancelled = 1
         WHERE name = :conversation RETURNING 1""",
     "history": """SELECT data, reply FROM message
-        WHERE conversation = :conversation AND state = 'done'
+        WHERE conversation = :conversation AND state = 'done' AND version <= :version
         ORDER BY sent DESC, seq DESC LIMIT :limit""",
     "forget": """UPDATE message SET state = 'gone',
             data = NULL, reply = NULL, progress = NULL, reason = NULL
-        WHERE conversation = :conversation AND state IN ('done', 'failed')""",
+        WHERE seq IN (SELECT seq FROM message WHERE conversation = :conversation
+            AND state IN ('done', 'failed') LIMIT :batch)
+        RETURNING 1""",
     "put": """INSERT INTO kept (name, value, put_at) VALUES (:name, :value, {now})
         ON CONFLICT (name) DO UPDATE SET value = excluded.value, put_at = {now}""",
     "put_first": """INSERT INTO kept (name, value, put_at) VALUES (:name, '{{}}', {now})
         ON CONFLICT (name) DO NOTHING""",
     "get": "SELECT value FROM kept WHERE name = :name",
     "get_locked": "SELECT value FROM kept WHERE name = :name {lock}",
-    "drop_kept": "DELETE FROM kept WHERE name = :conversation",
+    "drop_kept": "DELETE FROM kept WHERE name = :name",
     "prune_kept": "DELETE FROM kept WHERE put_at < {now} - :age",
-    "span": """SELECT coalesce((SELECT min(seq) FROM message), 0),
-        coalesce((SELECT max(seq) FROM message), 0)""",
+    # The last of the next messages, whatever numbers are missing in between.
+    "batch": """SELECT max(seq) FROM (SELECT seq FROM message
+        WHERE seq > :after ORDER BY seq LIMIT :batch) AS rows""",
     "prune": """DELETE FROM message WHERE ended < {now} - :age
         AND seq > :after AND seq <= :last RETURNING 1""",
     "load": """SELECT coalesce(sum(open), 0) - count(token), count(token),
@@ -178,18 +211,30 @@ def add_step(execute: Execute, values: Data) -> Added:
     return Added.QUEUE_FULL if open > values["room"] else Added.RATE_LIMITED
 
 
+def claim_step(execute: Execute, values: Data) -> tuple[str, int, Rows] | None:
+    """Take a conversation; return its name, its attempts and its oldest message.
+
+    Without a message that this code can read the conversation is put off.
+    """
+    # Two statements: the second one sees what was finished before the first.
+    if not (taken := execute("take", values)):
+        return None
+    [(name, attempts)] = taken
+    kept = [one.replace("{conversation}", name) for one in values["kept"]]
+    values = values | {"conversation": name, "kept": json.dumps(kept)}
+    rows = execute("oldest", values)
+    if not rows:
+        put_off = {"delay": values["lease"], "uncounted": 1}
+        execute("release", values | put_off, last=True)
+    return name, attempts, rows
+
+
 def end_step(execute: Execute, values: Data) -> bool:
     """Free the conversation, then end the message; nothing if the claim was lost."""
     if not (execute("free_only", values) or execute("free", values)):
         return False
-    execute(values["end"], values)
+    execute(values["end"], values, last=True)
     return True
-
-
-def forget_step(execute: Execute, values: Data) -> None:
-    """Delete the texts of a conversation, and what was put under its name."""
-    execute("forget", values)
-    execute("drop_kept", values)
 
 
 def update_step(execute: Execute, values: Data) -> Data | Exception:
@@ -204,8 +249,14 @@ def update_step(execute: Execute, values: Data) -> Data | Exception:
         new = json.dumps(value)
     except Exception as error:
         return error
-    execute("put", values | {"value": new})
+    execute("put", values | {"value": new}, last=True)
     return value
+
+
+def check_step(execute: Execute, values: Data) -> None:
+    """Write as much as a long message takes, and delete it."""
+    execute("put", values)
+    execute("drop_kept", values, last=True)
 
 
 def retry_step(execute: Execute, values: Data) -> bool:

@@ -7,17 +7,18 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..timing import NORMAL, Timing
-from .sql import SCHEMA, Data, Rows, Step, add_step
-from .store import Store, StoreError
+from .sql import ADD_VERSION, SCHEMA, Data, Rows, Step
+from .store import DURABLE, Store, StoreError
 
-LOOK_EVERY = 0.0005  # seconds between two attempts to get a locked file
-BUSY_TIMEOUT = 1.5  # seconds to wait for a locked file; Tencent waits 2 for an answer
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+REPAIR = "stop the server, move the file and its -wal away, and start again"
+HAS_VERSION = "SELECT 1 FROM pragma_table_info('message') WHERE name = 'version'"
 
 
 class SQLiteStore(Store):
@@ -35,57 +36,89 @@ class SQLiteStore(Store):
         "skip_locked": "",
         "each": "SELECT value FROM json_each",
         "object_of": "json_group_object",
+        "if_not_exists": "",
     }
 
-    def __init__(self, url: str, timing: Timing = NORMAL) -> None:
+    def __init__(self, url: str, timing: Timing = NORMAL, app: int = 0) -> None:
         """Open the file that sqlite:///relative.db or sqlite:////absolute.db names."""
-        super().__init__(timing)
-        scheme, slashes, self.path = url.partition(":///")
-        if scheme != "sqlite" or not self.path or "?" in self.path:
-            raise StoreError(
-                "it is not like sqlite:///file.db or sqlite:////dir/file.db"
-            )
+        super().__init__(timing, app)
+        self.path = path_of(url)
         self._pending: deque[PendingWrite] = deque()
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._connections = ExitStack()
+        self._damage = ""  # what SQLite found wrong with the file
         try:
-            # For its owner only; its WAL will be so, too. One that is there is not
-            # opened: to close it would end every lock that SQLite has on it in this
-            # process, and another process would delete the WAL.
-            with suppress(FileExistsError):
-                Path(self.path).touch(0o600, exist_ok=False)
-            self._file = os.stat(self.path)
-            options: Data = {"timeout": BUSY_TIMEOUT, "isolation_level": None}
-            options["check_same_thread"] = False
-            self._writer = sqlite3.connect(self.path, **options)
-            self._reader = sqlite3.connect(self.path, **options)
-            self._execute("PRAGMA journal_mode = WAL", {})
-            self._writer.execute("PRAGMA secure_delete = ON")
-            schema = SCHEMA.format(**self.dialect)
-            self._writer.executescript(schema)
-            self._writer.execute("PRAGMA busy_timeout = 0")  # see _execute
-            self._writer.execute("PRAGMA synchronous = FULL")
-            self._synchronous = "FULL"
+            self._open()
+            self._check_owner(self._execute)
         except (OSError, sqlite3.Error) as error:
+            self.close()
             why = f"the database {self.path} cannot be opened: {error}"
             raise StoreError(why) from None
+        except StoreError:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Create the file and the tables unless they exist, and check what is there."""
+        # For its owner only; its WAL will be so, too. A file that exists is not opened
+        # here: closing it would drop all locks that SQLite has on it in this process,
+        # and another process would delete the WAL.
+        with suppress(FileExistsError):
+            Path(self.path).touch(0o600, exist_ok=False)
+        self._writer, self._reader = self._connect(), self._connect()
+        self._execute("PRAGMA journal_mode = WAL", {})
+        self._writer.execute("PRAGMA secure_delete = ON")
+        self._writer.executescript(SCHEMA.format(**self.dialect))
+        if not self._execute(HAS_VERSION, {}):
+            with suppress(sqlite3.OperationalError):  # another process was faster
+                self._execute(ADD_VERSION.format(**self.dialect), {})
+        [(found,)] = self._reader.execute("PRAGMA quick_check(1)").fetchall()
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"it is damaged: {found}")
+        self._writer.execute("PRAGMA busy_timeout = 0")  # see _execute
+        self._writer.execute("PRAGMA synchronous = FULL")
+        self._synchronous = "FULL"
+        self._file = os.stat(self.path)
+
+    def _connect(self) -> sqlite3.Connection:
+        options: Data = {"timeout": self.timing.locked, "isolation_level": None}
+        connection = sqlite3.connect(self.path, check_same_thread=False, **options)
+        return self._connections.enter_context(closing(connection))
 
     def _check_file(self) -> None:
-        """Raise if the file was deleted or replaced: SQLite would write on, unseen."""
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(self.path), self._file):
-                return
-        raise StoreError(f"{self.path} was deleted or replaced: restart")
+        """Raise StoreError if the file is not the one that was opened, or damaged.
 
-    def _execute(self, step: Step, values: Data) -> Any:
-        """Do a step or a statement, as soon as the lock is free.
+        SQLite would write on, to a file that nobody can read again.
+        """
+        if self._damage:
+            raise StoreError(self._damage)
+        try:
+            now = os.stat(self.path)
+        except FileNotFoundError:
+            now = None
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be read: {error.strerror}") from None
+        if not now or not os.path.samestat(now, self._file):
+            raise StoreError(f"{self.path} was deleted or replaced: restart")
+        if now.st_size < self._file.st_size:  # nothing here makes it smaller
+            raise StoreError(f"{self.path} was truncated: {REPAIR}")
 
-        SQLite does not always wait, and when it does, it looks so seldom that busy
-        processes let others starve, and both stand idle in between.
+    def _explain(self, what: str, error: Exception) -> str:
+        """Return what an operator needs to know; remember that the file is damaged."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
+            self._damage = f"{self.path} is damaged ({error}): {REPAIR}"
+        return self._damage or f"the database cannot be {what}: {error}"
+
+    def _execute(self, step: Step, values: Data, last: bool = False) -> Any:
+        """Run a step or a statement as soon as the lock is free.
+
+        SQLite's own busy handler backs off so long that a busy process starves the
+        others.
         """
         if callable(step):
             return step(self._execute, values)
-        sql, deadline = self._sql.get(step, step), time.monotonic() + BUSY_TIMEOUT
-        values["now"] = time.time()
+        sql = self._sql.get(step, step)
+        values["now"], deadline = time.time(), time.monotonic() + self.timing.locked
         while True:
             try:
                 return self._writer.execute(sql, values).fetchall()
@@ -93,7 +126,7 @@ class SQLiteStore(Store):
                 busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
                 if not busy or time.monotonic() > deadline:
                     raise
-            time.sleep(LOOK_EVERY)
+            time.sleep(self.timing.look)
 
     def _write(self, step: Step, values: Data) -> Any:
         pending = PendingWrite(step, values)
@@ -110,7 +143,7 @@ class SQLiteStore(Store):
 
     def _commit(self, writes: list[PendingWrite]) -> None:
         try:
-            durable = any(write.step is add_step for write in writes)
+            durable = any(write.step in DURABLE for write in writes)
             level = "FULL" if durable else "NORMAL"
             if level != self._synchronous:
                 self._writer.execute(f"PRAGMA synchronous = {level}")
@@ -128,22 +161,22 @@ class SQLiteStore(Store):
         except Exception as error:
             with suppress(sqlite3.Error):
                 self._writer.rollback()
-            # Those behind waited for the same lock: another wait would be too long.
+            # Those behind waited for the same lock: a second wait would be too long.
             writes += self._take_pending()
             for write in writes:
-                write.error = f"the database cannot be written: {error}"
+                write.error = self._explain("written", error)
         for write in writes:
             write.done = True
 
     def _read(self, name: str, values: Data) -> Rows:
-        if not self._read_lock.acquire(timeout=BUSY_TIMEOUT):
+        if not self._read_lock.acquire(timeout=self.timing.locked):
             raise StoreError("the database cannot be read: it is busy")
         try:
             self._check_file()
             values = {**values, "now": time.time()}
             return self._reader.execute(self._sql[name], values).fetchall()
         except sqlite3.Error as error:
-            raise StoreError(f"the database cannot be read: {error}") from None
+            raise StoreError(self._explain("read", error)) from None
         finally:
             self._read_lock.release()
 
@@ -168,13 +201,22 @@ class SQLiteStore(Store):
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
-            self._writer.close()
-            self._reader.close()
+            self._connections.close()
+
+
+def path_of(url: str) -> str:
+    """Return the path of the file that a URL names. Raises StoreError."""
+    scheme, _, path = url.partition(":///")
+    if scheme != "sqlite" or not path or "?" in path:
+        raise StoreError("it is not like sqlite:///file.db or sqlite:////dir/file.db")
+    if path == ":memory:":
+        raise StoreError("sqlite:///:memory: keeps nothing: name a file")
+    return path
 
 
 @dataclass(slots=True, eq=False)
 class PendingWrite:
-    """A step that a thread wants done, perhaps by another thread."""
+    """A step that a thread wants run, perhaps by another thread."""
 
     step: Step
     values: Data

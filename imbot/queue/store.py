@@ -26,27 +26,35 @@ from typing import Any, ClassVar
 from ..timing import NORMAL, Timing
 from .sql import (
     NO_LIMIT,
+    ROW_VERSION,
     SQL,
     Added,
     Data,
+    Execute,
     Rows,
     Step,
     add_step,
+    check_step,
+    claim_step,
     end_step,
-    forget_step,
     retry_step,
     update_step,
 )
 
-MAX_ATTEMPTS = 3  # claims that may end without a result before a message fails
-BATCH = 500  # messages deleted in one transaction
-TURN_TIMEOUT = 5.0  # seconds a worker lets callbacks go first, at most
+MAX_ATTEMPTS = 3  # claims that may expire before the message is marked failed
+CHECKED = "x" * 8192  # what `check` writes
+UNREADABLE = "it cannot be read"
+DURABLE = (add_step, check_step, "save_reply")  # on disk before they return
 
 logger = logging.getLogger(__name__)
 
 
 class StoreError(Exception):
-    """The store cannot be read or written now; it may be again later."""
+    """The store cannot be read or written now; a later retry may succeed."""
+
+
+class StoreBusy(StoreError):
+    """The store works, but this step did not get its turn in time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,33 +66,42 @@ class Claim:
     conversation: str
     data: Data  # what was given to add
     token: str  # names this claim; a worker that lost it changes nothing
-    reply: Any  # what was given to add or save_reply
+    reply: Any  # what was given to add or save_reply, None before
     progress: Data  # what was given to save_reply, perhaps by a process now dead
     accepted: float  # Unix seconds
-    spent: bool  # MAX_ATTEMPTS claims ended without a word: only to be given up
-    kept: dict[str, Data]  # what claim was asked for, by name, as far as it was put
+    exhausted: bool  # MAX_ATTEMPTS claims expired: the message may only be failed
+    kept: dict[str, Data]  # the kept values that claim was asked for, by name
 
 
 class Store:
-    """The verbs and their promises. Each may raise StoreError.
+    """The operations and their promises. Each may raise StoreError.
 
-    What a verb does in SQL stands at the end of this file. A callback waits for `add`:
-    while one is at the store, workers go there one at a time.
+    A callback waits for `add`, so workers let it go first: while one is at the store,
+    they write one at a time. The price: with callbacks all the time, their commits
+    are not shared, and one may wait `turn` seconds.
     """
 
     dialect: ClassVar[dict[str, str]]  # how the engine spells the {words} of the SQL
+    batch = 500  # messages changed in one transaction
+    row_version = ROW_VERSION
 
-    def __init__(self, timing: Timing = NORMAL) -> None:
-        self.timing = timing
+    def __init__(self, timing: Timing = NORMAL, app: int = 0) -> None:
+        """Prepare the SQL. `app` owns the database; 0 asks for nobody's."""
+        self.timing, self.app = timing, app
         self._sql = {name: sql.format(**self.dialect) for name, sql in SQL.items()}
         self._callbacks: deque[None] = deque()  # at the store now; counted without lock
         self._turn = threading.Lock()
+        self._outage = ""  # why the last callback could not be stored
+        self._retry = (
+            threading.Lock()
+        )  # held by the callback that tries during an outage
+        self._warned: set[str] = set()  # said once by this process
 
     def _write(self, step: Step, values: Data) -> Any:
-        """Do one statement, or a step of several in one transaction.
+        """Run one statement, or a step of several in one transaction.
 
-        What add_step writes is on the disk before it returns; other steps are done
-        again after a power cut, unless an engine can crash alone.
+        DURABLE steps are on disk before this returns. Others may be lost in a power
+        cut, unless the database server can crash while this process lives on.
         """
         raise NotImplementedError
 
@@ -93,21 +110,41 @@ class Store:
         return self._write(name, values)  # type: ignore[no-any-return]
 
     def durability(self) -> str:
-        """Say when a message is safe; raise StoreError if it is not."""
+        """Describe when a message is safe; raise StoreError if it never is."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""
         raise NotImplementedError
 
-    def _write_in_turn(self, step: Step, values: Data) -> Any:
-        """Write what a worker wants, and let callbacks go first."""
-        held = bool(self._callbacks) and self._turn.acquire(timeout=TURN_TIMEOUT)
+    def _check_owner(self, execute: Execute) -> None:
+        """Note whose the database is at its first start, or raise StoreError if it is
+        another app's."""
+        if not self.app:
+            return
+        values = {"app": str(self.app)}
+        [(owner,)] = execute("owner", values) or execute("own", values)
+        if owner != values["app"]:
+            raise StoreError(
+                f"it belongs to the app with IM_SDKAPPID {owner}, and this server's is "
+                f"{self.app}: give each app a database of its own"
+            )
+
+    def _run(self, step: Step, /, **values: Any) -> Any:
+        """Run a step for a callback, for maintenance or for an operator."""
+        return self._write(step, _storable(values))
+
+    def _run_in_turn(self, step: Step, /, **values: Any) -> Any:
+        """Run a step for a worker, and let callbacks go first."""
+        turn = bool(self._callbacks) and self._turn.acquire(timeout=self.timing.turn)
         try:
-            return self._write(step, values)
+            return self._run(step, **values)
         finally:
-            if held:
+            if turn:
                 self._turn.release()
+
+    def _select(self, statement: str, /, **values: Any) -> Rows:
+        return self._read(statement, _storable(values))
 
     def add(
         self,
@@ -125,62 +162,89 @@ class Store:
 
         It is refused if `room` messages of the conversation are open, or if `asker`,
         unless empty, added `rate` in the last minute. With a `reply` there is nothing
-        to ask, and it is in the history only if `remember` says so. Its turn in the
-        conversation is by when it was `sent`, Unix seconds, then by when it was added.
+        to ask, and it is in the history only if `remember` says so. Messages of a
+        conversation are ordered by when they were `sent`, Unix seconds, then by when
+        they were added.
         """
-        texts = {"id": id, "conversation": conversation, "asker": asker}
-        values: Data = {name: storable(text) for name, text in texts.items()}
-        values |= {"data": json.dumps(data), "reply": _dump(reply)}
-        values |= {
-            "room": room,
-            "rate": rate,
-            "minute": self.timing.minute,
-            "sent": sent,
-        }
-        values["remember"] = int(remember or reply is None)
+        values: Data = {"id": id, "conversation": conversation, "asker": asker}
+        values |= {"data": json.dumps(data), "reply": _dump(reply), "sent": sent}
+        values |= {"room": room, "rate": rate, "minute": self.timing.minute}
+        values |= {"remember": int(remember or reply is None)}
+        values |= {"version": self.row_version}
         self._callbacks.append(None)
         try:
-            return Added(self._write(add_step, values))
+            return Added(self._add(values))
         finally:
             self._callbacks.pop()
 
-    def claim(self, kept: Sequence[str] = ()) -> Claim | None:
-        """Take the oldest open message of the conversation that is due longest.
+    def _add(self, values: Data) -> Any:
+        """Run add_step. During an outage one callback at a time waits for the store;
+        the others are refused at once, or they would fill the server's threads."""
+        outage = self._outage
+        if outage and not self._retry.acquire(timeout=self.timing.recheck):
+            raise StoreError(outage)
+        try:
+            added = self._run(add_step, **values)
+            self._outage = ""
+            return added
+        except StoreBusy:
+            raise
+        except StoreError as error:
+            self._outage = str(error)
+            raise
+        finally:
+            if outage:
+                self._retry.release()
 
-        A claim lasts `lease` seconds. A message whose claims ended MAX_ATTEMPTS times
-        without a word is claimed once more, as `spent`, and then failed. The claim
-        brings what was put under the names in `kept`, where {conversation} stands for
-        its conversation.
+    def claim(self, kept: Sequence[str] = ()) -> Claim | None:
+        """Take the oldest open message of the conversation that has been due longest.
+
+        A claim lasts `lease` seconds. A message whose claims expired MAX_ATTEMPTS times
+        is claimed once more, as `exhausted`, and then failed. The claim brings the
+        values kept under the names `kept`, where {conversation} stands for its
+        conversation.
         """
-        token = os.urandom(16).hex()
-        taken = self._write_in_turn(
-            "take", {"token": token, "lease": self.timing.lease}
-        )
-        # A statement of its own, so that it sees what ended a moment ago. Nothing of a
-        # conversation ends while another worker holds it.
-        if not taken:
-            return None
-        [(conversation, attempts)] = taken
-        names = [storable(n.replace("{conversation}", conversation)) for n in kept]
-        values = {"conversation": conversation, "kept": json.dumps(names)}
-        if not (rows := self._write("oldest", values)):
-            return None
-        [(seq, id, *texts, accepted, found)] = rows
+        values: Data = {"lease": self.timing.lease, "version": self.row_version}
+        values |= {"kept": [storable(name) for name in kept]}
+        while True:
+            token = os.urandom(16).hex()
+            found = self._run_in_turn(claim_step, **values, token=token)
+            if found is None:
+                return None
+            conversation, attempts, rows = found
+            if not rows:
+                self._warn_once("messages wait for a newer version of this program")
+            elif claim := self._read_claim(conversation, attempts, token, rows[0]):
+                return claim
+
+    def _read_claim(
+        self, conversation: str, attempts: int, token: str, row: tuple[Any, ...]
+    ) -> Claim | None:
+        """Return a claim, or fail its message if nobody can work on it."""
+        seq, id, *texts, accepted, found = row
         data, reply, progress = map(_load, texts)
-        given = (data, token, reply, progress or {}, accepted)
-        found = {name: _load(text) for name, text in (_load(found) or {}).items()}
-        spent = attempts > MAX_ATTEMPTS
-        claim = Claim(seq, id, conversation, *given, spent=spent, kept=found)
-        if data is not None and attempts <= MAX_ATTEMPTS + 1:
+        kept = {name: _load(text) for name, text in (_load(found) or {}).items()}
+        given = (data, token, reply, progress or {}, accepted, attempts > MAX_ATTEMPTS)
+        claim = Claim(seq, id, conversation, *given, kept)
+        if data is None:
+            self._end(claim, "fail", UNREADABLE)
+            self._warn_once("messages that cannot be read are failed")
+        elif attempts > MAX_ATTEMPTS + 1:
+            self.fail(claim, "its work was cut short too often")
+        else:
             return claim
-        self.fail(claim, "its work was cut short too often, or it cannot be read")
-        return self.claim(kept)
+        return None
+
+    def _warn_once(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s", what)
 
     def known(self, ids: Sequence[str]) -> dict[str, tuple[str, float | None]]:
-        """Return the state of each id that is known: `open`, `done`, `gone` or
-        `failed`, and when the message ended, in Unix seconds, None while it is open."""
+        """Return the state of each known id: `open`, `done`, `gone` or `failed`, and
+        when the message ended, in Unix seconds, None while it is open."""
         given = {storable(id): id for id in ids}
-        rows = self._read("known", {"ids": json.dumps([*given])})
+        rows = self._select("known", ids=json.dumps([*given]))
         return {given[id]: (state, ended) for id, state, ended in rows}
 
     def state(self, id: str) -> str | None:
@@ -188,73 +252,91 @@ class Store:
         return self.known([id]).get(id, (None, None))[0]
 
     def heartbeat(self, claims: Collection[Claim]) -> tuple[list[Claim], list[Claim]]:
-        """Make claims last `lease` seconds from now; return those that were lost, and
-        those whose conversation was cancelled."""
-        timing = self.timing
+        """Make claims last `lease` seconds from now.
+
+        Return those that expired, and those whose conversation was cancelled.
+        """
+        lease, longest = self.timing.lease, self.timing.longest_delay
         names = json.dumps([claim.conversation for claim in claims])
         tokens = json.dumps([claim.token for claim in claims])
-        self._write("repair", {"lease": timing.lease, "longest": timing.longest_delay})
-        values = {"lease": timing.lease, "names": names, "tokens": tokens}
-        held = dict(self._write("heartbeat", values)) if claims else {}
+        self._run("repair", lease=lease, longest=longest)
+        values = {"lease": lease, "names": names, "tokens": tokens}
+        held = dict(self._run("heartbeat", **values)) if claims else {}
         lost = [claim for claim in claims if claim.token not in held]
         return lost, [claim for claim in claims if held.get(claim.token)]
 
     def save_reply(
         self, claim: Claim, reply: Any, progress: Data, remember: bool = True
     ) -> bool:
-        """Keep the reply before it is sent, and how far sending has come; False if the
-        claim was lost. A reply that is None stays as it is.
+        """Keep the reply on disk before it is sent, and the progress of sending it.
 
-        Without `remember` neither text nor reply outlives finish.
+        A reply that is None stays as it is. Without `remember` neither text nor reply
+        outlives finish. Return False if the claim was lost.
         """
-        values = {"reply": _dump(reply), "progress": _dump(progress)}
-        values |= _held(claim, remember=int(remember))
-        return bool(self._write_in_turn("save_reply", values))
+        values = _held(claim) | {"progress": _dump(progress)}
+        if reply is None:
+            return bool(self._run_in_turn("save_progress", **values))
+        values |= {"reply": _dump(reply), "remember": int(remember)}
+        return bool(self._run_in_turn("save_reply", **values))
 
     def finish(self, claim: Claim) -> bool:
-        """End a message as answered and free its conversation; False if it was lost."""
-        return bool(self._write_in_turn(end_step, _held(claim, end="finish")))
+        """End a message as answered and free its conversation.
+
+        Return False if the claim was lost.
+        """
+        return self._end(claim, "finish")
 
     def fail(self, claim: Claim, reason: str) -> bool:
-        """Give a message up, until an operator looks; False if the claim was lost."""
-        values = _held(claim, end="fail", reason=storable(reason))
-        ended = bool(self._write_in_turn(end_step, values))
+        """End a message as failed, for an operator to look at and perhaps to retry.
+
+        Return False if the claim was lost.
+        """
+        ended = self._end(claim, "fail", reason)
         if ended:
-            logger.error("message %s failed: %s", claim.id, reason)
+            logger.error("message %s failed: %s", claim.id, storable(reason))
         return ended
 
-    def release(self, claim: Claim, delay: float, failed: bool = False) -> None:
+    def _end(self, claim: Claim, how: str, reason: str = "") -> bool:
+        values = _held(claim) | {"end": how, "reason": reason}
+        return bool(self._run_in_turn(end_step, **values))
+
+    def release(self, claim: Claim, delay: float, attempted: bool = False) -> None:
         """Give a message back, to be claimed again in `delay` seconds.
 
-        `failed` counts this claim against MAX_ATTEMPTS.
+        `attempted` counts this claim against MAX_ATTEMPTS, like one that expired.
         """
-        self._write_in_turn("release", _held(claim, delay=delay, uncounted=1 - failed))
+        values = _held(claim) | {"delay": delay, "uncounted": 1 - attempted}
+        self._run_in_turn("release", **values)
 
     def cancel(self, conversation: str) -> bool:
-        """Stop the work on a conversation, also if it begins later; False if there is
-        none."""
-        return bool(self._write("cancel", {"conversation": storable(conversation)}))
+        """Cancel the work on a conversation, also if it starts later.
+
+        Return False if there is none.
+        """
+        return bool(self._run("cancel", conversation=conversation))
 
     def history(self, conversation: str, limit: int) -> list[tuple[Data, Any]]:
         """Return the last `limit` remembered (data, reply) pairs, oldest first."""
-        values = {"conversation": storable(conversation), "limit": limit}
-        rows = self._read("history", values)
+        values: Data = {"conversation": conversation, "limit": limit}
+        rows = self._select("history", **values, version=self.row_version)
         turns = [(_load(data), _load(reply)) for data, reply in reversed(rows)]
         return [(data, reply) for data, reply in turns if data and reply]
 
     def forget(self, conversation: str) -> None:
         """Delete every text of the answered and the failed messages of a conversation,
         and what was put under its name. The ids stay known."""
-        self._write_in_turn(forget_step, {"conversation": storable(conversation)})
+        values = {"conversation": conversation, "batch": self.batch}
+        while len(self._run_in_turn("forget", **values)) == self.batch:
+            pass
+        self._run_in_turn("drop_kept", name=conversation)
 
     def put(self, name: str, value: Data) -> None:
         """Keep a value under a name, instead of the one before."""
-        kept = {"name": storable(name), "value": json.dumps(value)}
-        self._write_in_turn("put", kept)
+        self._run_in_turn("put", name=name, value=json.dumps(value))
 
     def get(self, name: str) -> Data | None:
         """Return what was put under a name."""
-        rows = self._read("get", {"name": storable(name)})
+        rows = self._select("get", name=name)
         return _load(rows[0][0]) if rows else None
 
     def update(self, name: str, change: Callable[[Data], Data]) -> Data:
@@ -264,51 +346,62 @@ class Store:
         `change` runs inside the transaction, perhaps in another thread, and again if a
         connection breaks: it may only compute, and not wait or use the store.
         """
-        values = {"name": storable(name), "change": change}
-        result = self._write_in_turn(update_step, values)
+        result = self._run_in_turn(update_step, name=name, change=change)
         if isinstance(result, Exception):
             raise result
         return result  # type: ignore[no-any-return]
 
+    def check(self) -> None:
+        """Write something and delete it. Raises StoreError if messages cannot be kept:
+        the disk is full, the database read-only, damaged or another app's."""
+        self._run(check_step, name="check", value=CHECKED)
+
     def prune(self, age: float) -> int:
-        """Delete what ended or was put more than `age` seconds ago; return how many
-        messages."""
-        total = 0
-        self._write("prune_kept", {"age": age})
-        [(first, last)] = self._read("span", {})
-        for after in range(first - 1, last, BATCH):
-            values = {"age": age, "after": after, "last": after + BATCH}
-            total += len(self._write("prune", values))
-            time.sleep(0.02)  # so that others get their turn
-        return total
+        """Delete what ended or was put more than `age` seconds ago.
+
+        Return how many messages.
+        """
+        total, after = 0, 0
+        self._run("prune_kept", age=age)
+        while True:
+            [(last,)] = self._select("batch", after=after, batch=self.batch)
+            if last is None:
+                return total
+            total += len(self._run("prune", age=age, after=after, last=last))
+            after = last
+            time.sleep(self.timing.prune_pause)
 
     def load(self) -> tuple[int, int, int]:
         """Return how many messages wait, how many are claimed, and how many could be
         claimed now."""
-        [numbers] = self._read("load", {})
+        [numbers] = self._select("load")
         return numbers
 
     def stats(self) -> dict[str, float]:
         """Return the numbers of `waiting`, `in_work` and `failed` messages, and
         `oldest`, the age in seconds of the oldest that is open."""
         waiting, in_work, _ = self.load()
-        [(failed, oldest)] = self._read("stats", {})
+        [(failed, oldest)] = self._select("stats")
         numbers = {"waiting": waiting, "in_work": in_work, "failed": failed}
         return {**numbers, "oldest": round(max(0.0, oldest), 3)}
 
     def failed(self) -> list[tuple[int, str, str, float]]:
         """Return (seq, id, reason, seconds since) of failed messages, oldest first."""
-        rows = self._read("failed", {})
+        rows = self._select("failed")
         return [(seq, id, reason, age) for seq, id, reason, age, _ in rows]
 
     def retry(self, seqs: Collection[int] | None = None) -> int:
         """Open failed messages again, all or these, in their turn; return how many."""
         count = 0
-        for seq, *_, conversation in self._read("failed", {}):
+        for seq, *_, conversation in self._select("failed"):
             if seqs is None or seq in seqs:
-                values = {"seq": seq, "conversation": conversation}
-                count += self._write(retry_step, values)
+                count += self._run(retry_step, seq=seq, conversation=conversation)
         return count
+
+    def owner(self) -> int | None:
+        """Return the app whose database it is, None if that was never noted."""
+        rows = self._select("owner")
+        return int(rows[0][0]) if rows else None
 
 
 def storable(text: str) -> str:
@@ -318,10 +411,14 @@ def storable(text: str) -> str:
     return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
 
 
-def _held(claim: Claim, **values: Any) -> Data:
-    """Return the values that name a claim, and others."""
+def _storable(values: Data) -> Data:
+    return {n: storable(v) if isinstance(v, str) else v for n, v in values.items()}
+
+
+def _held(claim: Claim) -> Data:
+    """Return the values that name a claim."""
     key = {"conversation": claim.conversation, "token": claim.token}
-    return {"seq": claim.seq, **key, **values}
+    return {"seq": claim.seq, **key}
 
 
 def _dump(value: Any) -> str | None:

@@ -5,9 +5,9 @@
     workers.add(id, conversation, data)     # as store.add, and wakes a thread
     workers.close(drain=20)
 
-`handle` gets each message as an Job and ends its claim by a verb of the store; if
-it raises, the message is given back. One more thread, the maintenance loop, prolongs
-the claims in flight, finds what other processes left behind, and deletes what is old.
+`handle` gets each message as a Job and ends its claim with finish, fail or release; if
+it raises, the message is released. One more thread, the maintenance loop, sends the
+heartbeats, wakes threads for what other processes left behind, and prunes what is old.
 Nothing here knows of chats, AI or Tencent.
 """
 
@@ -27,9 +27,9 @@ from typing import Any
 
 from ..timing import NORMAL, Timing
 from .sql import Added, Data
-from .store import Claim, Store, StoreError
+from .store import Claim, Store, StoreBusy, StoreError
 
-PRUNE_EVERY = 3600.0  # seconds
+MAX_TRIES = 5  # of a deferred operation that fails although the store works
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +38,22 @@ class LeaseLost(Exception):
     """Another process has taken the message over."""
 
 
-def do_nothing() -> None:
-    """Be the default of what a handler may set."""
-
-
 @dataclass(eq=False)
 class Job:
     """A claim in the hands of a thread of this process."""
 
     claim: Claim
-    lost: bool = False  # it is left to another process
-    cancel: Callable[[], None] = do_nothing  # the handler's means to end the work soon
-    tick: Callable[[], None] = (
-        do_nothing  # is called every `poll` seconds; may not block
-    )
+    lost: bool = False  # left to another process
+    cancel: Callable[[], None] | None = None  # set by the handler: stop the work early
+    tick: Callable[[], None] | None = None  # the same: called every `poll` seconds
+
+
+@dataclass(eq=False)
+class Deferred:
+    """A store operation that failed and is retried."""
+
+    run: Callable[[], Any]
+    tries: int = 1
 
 
 class Workers:
@@ -71,24 +73,37 @@ class Workers:
         self.backlog = 0  # messages that wait in the store, as last seen
         self.draining = False  # claim no more
         self.kept: Sequence[str] = ()  # names of kept values that each claim brings
-        self.beat: Callable[[], None] = do_nothing  # is called with each heartbeat
+        self.beat: Callable[[], None] | None = None  # called with each heartbeat
+        self._pool: list[threading.Thread] = []
         self._wake_ups: SimpleQueue[None] = SimpleQueue()  # idle threads wait for it
         self._in_flight: dict[int, Job] = {}  # by seq
-        self._ended = threading.Condition()  # one is not in flight now; guards them
+        self._ended = threading.Condition()  # guards _in_flight; notified when one ends
         self._store_down = False
-        self._unfinished: deque[Callable[[], Any]] = deque()  # see when_store_works
+        self._deferred: deque[Deferred] = deque()  # see when_store_works
         self._beat = (0.0, 0.0)  # the clocks at the last heartbeat
-        self._prune_at = 0.0  # time.monotonic()
+        self._deferring = threading.Lock()  # held by the thread that retries them
+        self._prune_at = self._warn_at = 0.0  # time.monotonic()
         self._claim_from = 0.0  # time.monotonic() before which nothing is claimed
         self._hurries = 0  # calls of hurry() since the last heartbeat
         self._loop_wakes, self._closed = threading.Event(), threading.Event()
 
+    @property
+    def jobs(self) -> list[Job]:
+        """The claims in flight."""
+        with self._ended:
+            return list(self._in_flight.values())
+
     def start(self) -> None:
-        """Begin to work: first on what an earlier process left behind."""
+        """Start the threads. They begin with the messages a previous process left."""
         self.in_background(self._maintain)
-        with suppress(RuntimeError):  # the system has no more: fewer will do
-            for _ in range(self.threads):
-                self.in_background(self._run)
+        self._fill_pool()
+
+    def _fill_pool(self) -> None:
+        """Start the threads that are missing, e.g. in place of one that died."""
+        self._pool = [thread for thread in self._pool if thread.is_alive()]
+        with suppress(RuntimeError):  # thread limit reached: carry on with fewer
+            while len(self._pool) < self.threads and not self.draining:
+                self._pool.append(self.in_background(self._run))
 
     def add(self, id: str, conversation: str, data: Data, **more: Any) -> Added:
         """Add a message to the store, and wake a thread for it."""
@@ -99,7 +114,7 @@ class Workers:
         return added
 
     def wake(self, count: int = 1) -> None:
-        """Let threads look for work that was added."""
+        """Wake idle threads, which then look for messages to claim."""
         for _ in range(min(count, self.threads - self._wake_ups.qsize())):
             self._wake_ups.put(None)
 
@@ -113,27 +128,31 @@ class Workers:
         self._loop_wakes.set()
 
     def cancel(self, conversation: str) -> None:
-        """End the work on a conversation soon, in whichever process it is."""
-        for work in self._flying():
-            if work.claim.conversation == conversation:
-                work.cancel()
+        """Cancel the work on a conversation, in whichever process it is."""
+        for job in self.jobs:
+            if job.claim.conversation == conversation and job.cancel:
+                job.cancel()
         self.when_store_works(self.store.cancel, conversation)
 
-    def when_store_works(self, verb: Callable[..., Any], *values: Any) -> None:
-        """Do a step at the store: if it does not work now, as soon as it does."""
+    def when_store_works(self, operation: Callable[..., Any], *values: Any) -> None:
+        """Run a store operation; if the store is down, queue it and retry when it is
+        back."""
+        run = partial(operation, *values)
         try:
-            verb(*values)
+            run()
         except StoreError as error:
-            self._note_down(error)
-            self._unfinished.append(partial(verb, *values))
+            self._note(error)
+            self._deferred.append(Deferred(run))
 
     @staticmethod
-    def in_background(act: Callable[..., None], *values: Any) -> None:
+    def in_background(run: Callable[..., None], *values: Any) -> threading.Thread:
         """Run a function in a thread of its own."""
-        threading.Thread(target=act, args=values, daemon=True).start()
+        thread = threading.Thread(target=run, args=values, daemon=True)
+        thread.start()
+        return thread
 
     def _run(self) -> None:
-        """Be a thread of the pool."""
+        """Run in each pool thread: claim and handle messages until draining."""
         while not self.draining:
             self._wake_ups.get()
             while claim := self._claim():
@@ -145,17 +164,18 @@ class Workers:
         try:
             claim = self.store.claim(self.kept)
         except StoreError as error:
-            self._note_down(error)
+            self._note(error)
             return None
         with self._ended:
             ours = claim and self._in_flight.get(claim.seq)
-        if claim and ours:  # its lease ran out, but we still work on it
+        if claim and ours:  # its lease expired, but we still work on it
             ours.claim = claim
             return None
         return claim
 
     def _may_claim(self) -> bool:
-        """Return whether all processes had the time to prolong their claims."""
+        """Return whether it is safe to claim: not just after a pause or a missed
+        heartbeat."""
         return (
             not self._hurries
             and self._since_heartbeat() < self.timing.pause
@@ -163,50 +183,70 @@ class Workers:
         )
 
     def _since_heartbeat(self) -> float:
-        """Return the seconds since the last heartbeat, by the clock that says more: one
-        jumps when it is set, the other stands still while the machine sleeps."""
+        """Return the seconds since the last heartbeat: the larger of wall-clock and
+        monotonic time. The wall clock can be set, the monotonic clock stops during
+        suspend."""
         return max(now - then for now, then in zip(_clocks(), self._beat, strict=True))
 
     def _work(self, claim: Claim) -> None:
-        """Have one message handled, whatever happens."""
-        work = Job(claim)
+        """Handle one message, and release it if that fails."""
+        job, again = Job(claim), self.timing.again
         with self._ended:
-            self._in_flight[claim.seq] = work
+            too_late = self.draining  # close() does not wait for it
+            if not too_late:
+                self._in_flight[claim.seq] = job
+        if too_late:
+            return self._release(job, 0.0)
         try:
-            self.handle(work)
+            self.handle(job)
         except LeaseLost:
             logger.info("%s is left to another process", claim.id)
-            self._release(work, 0.0)  # changes nothing, unless we claimed it again
-        except StoreError as error:  # not the message's fault
-            self._note_down(error)
-            self._release(work, 1.0)
+            self._release(job, 0.0)  # changes nothing, unless we claimed it again
+        except StoreError as error:
+            self._note(error)
+            self._release(job, again, attempted=self._is_its_fault(error))
         except Exception as error:
             log_error(claim.id, error)
-            self._release(work, 1.0, failed=True)
+            self._release(job, again, attempted=True)
         finally:
             with self._ended:
                 del self._in_flight[claim.seq]
                 self._ended.notify_all()
 
-    def _release(self, work: Job, delay: float, failed: bool = False) -> None:
-        self.when_store_works(self.store.release, work.claim, delay, failed)
+    def _is_its_fault(self, error: StoreError) -> bool:
+        """Return whether an operation fails although the store works.
 
-    def _note_down(self, error: StoreError) -> None:
+        Then it is not tried for ever: the error may not pass.
+        """
+        if isinstance(error, StoreBusy):
+            return False
+        try:
+            self.store.check()
+        except StoreError:
+            return False
+        return True
+
+    def _release(self, job: Job, delay: float, attempted: bool = False) -> None:
+        self.when_store_works(self.store.release, job.claim, delay, attempted)
+
+    def _note(self, error: StoreError) -> None:
+        """Remember that the store is down, and log it once; busy is not down."""
+        if isinstance(error, StoreBusy):
+            if time.monotonic() >= self._warn_at:
+                self._warn_at = time.monotonic() + self.timing.minute
+                logger.warning("%s", error)
+            return
         if not self._store_down:
             logger.error("%s", error)
         self._store_down = True
 
-    def _flying(self) -> list[Job]:
-        with self._ended:
-            return list(self._in_flight.values())
-
     def _maintain(self) -> None:
-        """Be the maintenance loop."""
+        """Run the maintenance loop until close()."""
         while not self._closed.is_set():
             try:
                 self._look_after()
             except StoreError as error:
-                self._note_down(error)
+                self._note(error)
             except Exception as error:
                 log_error("the maintenance loop", error)
             poll = self.timing.poll
@@ -220,37 +260,67 @@ class Workers:
             self._heartbeat()
         if hurries == self._hurries:  # nobody hurried meanwhile
             self._hurries = 0
-        while self._unfinished:
-            self._unfinished[0]()
-            self._unfinished.popleft()
+        if self._store_down:  # before the messages can be claimed again
+            self._run_deferred()
+        elif self._deferred:
+            self.in_background(self._run_deferred)
         self.backlog, _, due = self.store.load()
         if self._store_down:
             logger.warning("the store works again")
         self._store_down = False
+        self._fill_pool()
         self.wake(due)
         if time.monotonic() >= self._prune_at:
-            self._prune_at = time.monotonic() + PRUNE_EVERY
+            self._prune_at = time.monotonic() + self.timing.prune_every
             self.in_background(self._prune)
-        for work in self._flying():
-            if not work.lost:
-                work.tick()
+        for job in self.jobs:
+            if job.tick and not job.lost:
+                job.tick()
+
+    def _run_deferred(self) -> None:
+        """Retry the deferred operations in their order, as far as the store works."""
+        if not self._deferring.acquire(blocking=False):
+            return
+        try:
+            for _ in range(len(self._deferred)):
+                self._retry(self._deferred[0])
+                self._deferred.popleft()
+        except StoreError as error:
+            self._note(error)
+        finally:
+            self._deferring.release()
+
+    def _retry(self, operation: Deferred) -> None:
+        """Run a deferred operation. If it fails although the store works, put it
+        behind the others, and drop it after some tries."""
+        try:
+            operation.run()
+        except StoreError as error:
+            if not self._is_its_fault(error):
+                raise
+            operation.tries += 1
+            if operation.tries < MAX_TRIES:
+                self._deferred.append(operation)
+            else:
+                logger.error("given up after %d tries: %s", operation.tries, error)
 
     def _prune(self) -> None:
-        with suppress(StoreError):  # it is done again in an hour
+        with suppress(StoreError):  # retried in an hour
             self.store.prune(self.retention)
 
     def _heartbeat(self) -> None:
-        paused, works = self._since_heartbeat() > self.timing.pause, self._flying()
-        lost, cancelled = self.store.heartbeat([work.claim for work in works])
+        paused, jobs = self._since_heartbeat() > self.timing.pause, self.jobs
+        lost, cancelled = self.store.heartbeat([job.claim for job in jobs])
         if paused and any(self._beat):
             if not self._store_down:
                 logger.warning("this process was paused, or the clock was set")
             self.hold(self.timing.regain)
-        for work in works:
-            work.lost = work.lost or work.claim in lost
-            if work.claim in lost or work.claim in cancelled:
-                work.cancel()
-        self.beat()  # before anything is claimed after a start, a pause, an outage
+        for job in jobs:
+            job.lost = job.lost or job.claim in lost
+            if job.cancel and (job.claim in lost or job.claim in cancelled):
+                job.cancel()
+        if self.beat:
+            self.beat()  # before anything is claimed after a start, a pause, an outage
         self._beat = _clocks()
 
     def close(self, drain: float) -> None:
@@ -261,11 +331,12 @@ class Workers:
             self.draining = True
             self._ended.wait_for(lambda: not self._in_flight, drain)
             left = list(self._in_flight.values())
-        for work in left:
-            work.lost = True
+        for job in left:
+            job.lost = True
             with suppress(StoreError):
-                self.store.release(work.claim, 0.0)
-            work.cancel()
+                self.store.release(job.claim, 0.0)
+            if job.cancel:
+                job.cancel()
         self._closed.set()
         self._loop_wakes.set()
         for _ in range(self.threads):

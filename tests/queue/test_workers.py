@@ -1,4 +1,4 @@
-"""The pool: claims are kept, lost, given back and taken up as workers.py says."""
+"""The pool: claims are kept, lost, released and taken up as workers.py says."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ import threading
 import time
 
 import pytest
-from conftest import poll
+from conftest import in_threads, poll
+from stores import fast, opened, put, query
 
-from imbot.queue.sqlite import SQLiteStore
-from imbot.queue.store import StoreError
-from imbot.queue.workers import LeaseLost, Workers
+from imbot.queue import LeaseLost, StoreBusy, StoreError, Workers
 
-
-@pytest.fixture
-def kept(tmp_path):
-    kept = SQLiteStore(f"sqlite:///{tmp_path}/bot.db")
-    yield kept
-    kept.close()
+QUICK = {"poll": 0.01, "heartbeat": 0.02, "regain": 0.05, "again": 0.01}
 
 
 @pytest.fixture
-def start(kept):
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/bot.db"
+
+
+@pytest.fixture
+def store(url):
+    store = opened(url)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def start(store):
     """Return a function that starts a pool which handles messages in a given way."""
     pools = []
 
-    def start(handle, threads=4):
-        pools.append(Workers(kept, handle, threads, retention=86400))
+    def start(handle, threads=4, store=store, **waits):
+        timing = fast(**{**QUICK, **waits})
+        pools.append(Workers(store, handle, threads, retention=86400, timing=timing))
         pools[-1].start()
         return pools[-1]
 
@@ -35,171 +42,332 @@ def start(kept):
         pool.close(drain=5)
 
 
-@pytest.fixture
-def short_lease(monkeypatch):
-    monkeypatch.setattr(store, "LEASE", 0.3)
-    monkeypatch.setattr(workers, "PAUSE", 0.2)
-    monkeypatch.setattr(workers, "REGAIN", 0.1)
+class Broken:
+    """A store some of whose operations a test replaces."""
+
+    def __init__(self, store):
+        self._store = store
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
 
 
-def add(kept, *ids):
+def refuse(*_):
+    raise StoreError("away")
+
+
+def add(store, *ids):
     for id in ids:
-        kept.add(id, f"chat of {id}", {"id": id})
+        put(store, id, to=f"chat of {id}")
 
 
-def test_what_waits_is_handled_by_as_many_threads_as_there_may_be(kept, start):
-    add(kept, *"abcdef")
+def idle(store):
+    return store.load() == (0, 0, 0)
+
+
+def test_what_waits_is_handled_by_as_many_threads_as_there_may_be(store, start):
+    add(store, *"abcdef")
     busy, most, done = [], [], []
 
-    def handle(work):
-        busy.append(work)
+    def handle(job):
+        busy.append(job)
         most.append(len(busy))
-        time.sleep(0.05)
-        busy.remove(work)
-        kept.finish(work.claim)
-        done.append(work.claim.id)
+        poll(lambda: max(most) == 3)
+        busy.remove(job)
+        store.finish(job.claim)
+        done.append(job.claim.id)
 
     start(handle, threads=3)
     poll(lambda: sorted(done) == [*"abcdef"])
-    assert max(most) == 3
-    assert kept.load() == (0, 0, 0)
+    assert max(most) == 3 and idle(store)
+
+
+def test_an_added_message_wakes_a_thread(store, start):
+    pool = start(lambda job: store.finish(job.claim), poll=30.0)
+    poll(lambda: pool.backlog == 0 and not pool.jobs)
+    time.sleep(0.05)
+    pool.add("a", "chat", {})
+    poll(lambda: idle(store))
+    assert store.state("a") == "gone"
+
+
+def test_a_claim_brings_the_kept_values(store, start):
+    store.put("servers", {"well": 1})
+    seen = []
+
+    def handle(job):
+        seen.append(job.claim.kept)
+        store.finish(job.claim)
+
+    pool = start(handle)
+    pool.kept = ("servers",)
+    pool.add("a", "chat", {})
+    poll(lambda: seen == [{"servers": {"well": 1}}])
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), StoreError("no"), LeaseLost()])
-def test_a_message_whose_handler_raises_is_given_back(kept, start, error, caplog):
-    add(kept, "a")
+def test_a_message_whose_handler_raises_is_released(store, start, error, caplog):
+    add(store, "a")
     seen = []
 
-    def handle(work):
-        seen.append(work.claim.id)
+    def handle(job):
+        seen.append(job.claim.id)
         if len(seen) == 1:
             raise error
-        kept.finish(work.claim)
+        store.finish(job.claim)
 
-    start(handle)
-    poll(lambda: len(seen) == 2 and kept.load() == (0, 0, 0))
+    pool = start(handle)
+    poll(lambda: len(seen) == 2 and idle(store) and not pool.jobs)
     assert ("Traceback" in caplog.text) == isinstance(error, ValueError)
 
 
-def test_a_message_in_flight_is_not_claimed_again_after_a_pause(
-    kept, start, short_lease, monkeypatch
+@pytest.mark.parametrize("is_down", [False, True])
+def test_a_message_is_not_tried_for_ever_if_only_its_own_step_fails(
+    store, start, is_down
 ):
-    """The maintenance loop stands still for longer than a lease, threads do not."""
-    add(kept, "a")
-    seen, going = [], threading.Event()
+    """As a /clear that took too long for PostgreSQL did."""
+    put(store, "a")
+    broken, exhausted, tries = Broken(store), [], []
+    going = threading.Event()
+    if is_down:
+        broken.check = refuse
 
-    def handle(work):
-        seen.append(work.claim.id)
-        going.wait(20)
-        assert kept.finish(work.claim)
+    def handle(job):
+        tries.append(job)
+        if len(tries) > 10:
+            going.wait(20)
+        if job.claim.exhausted:
+            exhausted.append(job.claim)
+            return store.fail(job.claim, "tried too often")
+        raise StoreError("canceling statement due to statement timeout")
 
-    pool = start(handle)
-    poll(lambda: seen)
-    heartbeat, stopped = kept.heartbeat, threading.Event()
-    monkeypatch.setattr(kept, "heartbeat", lambda claims: stopped.wait(20))
-    time.sleep(0.4)
-    pool.wake(4)
-    time.sleep(0.2)
-    assert seen == ["a"]
-    monkeypatch.setattr(kept, "heartbeat", heartbeat)
-    stopped.set()
+    start(handle, store=broken)
+    poll(lambda: exhausted or len(tries) > 10)
+    assert (len(exhausted), len(tries)) == ((0, 11) if is_down else (1, 4))
     going.set()
-    poll(lambda: kept.load() == (0, 0, 0))
+
+
+def test_a_busy_store_is_not_down(store, start, caplog):
+    add(store, "a", "b")
+    broken, refused = Broken(store), []
+
+    def claim(kept):
+        if len(refused) < 3:
+            refused.append(kept)
+            raise StoreBusy("slow")
+        return store.claim(kept)
+
+    broken.claim = claim
+    start(lambda job: store.finish(job.claim), store=broken)
+    poll(lambda: idle(store))
+    assert caplog.messages.count("slow") == 1, "once a minute"
+    assert "the store works again" not in caplog.text
+
+
+def test_a_message_in_flight_is_not_claimed_again_after_a_pause(store, url, start):
+    """The maintenance loop stands still for longer than a lease, threads do not."""
+    add(store, "a")
+    broken, seen = Broken(opened(url, lease=0.2)), []
+    going, stopped = threading.Event(), threading.Event()
+
+    def handle(job):
+        seen.append(job.claim.id)
+        going.wait(20)
+        assert store.finish(job.claim)
+
+    def heartbeat(claims):
+        stopped.wait(20)
+        return broken._store.heartbeat(claims)
+
+    pool = start(handle, store=broken, lease=0.2)
+    poll(lambda: seen)
+    broken.heartbeat = heartbeat
+    poll(lambda: store.load()[2] == 1)  # its lease expired
+    pool.wake(4)
+    time.sleep(0.1)
     assert seen == ["a"]
+    going.set()
+    stopped.set()
+    poll(lambda: idle(store))
+    assert seen == ["a"]
+    broken.close()
 
 
-def test_a_claim_that_this_process_took_from_itself_goes_on(
-    kept, start, short_lease, monkeypatch
-):
+def test_a_claim_that_this_process_took_from_itself_goes_on(store, url, start):
     """As when the pause came between the look at the clock and the claim."""
-    monkeypatch.setattr(Workers, "_may_claim", lambda self: True)
-    monkeypatch.setattr(kept, "heartbeat", lambda claims: ([], []))
-    add(kept, "a")
-    seen = []
+    broken, seen = Broken(opened(url, lease=0.0)), []
+    broken.heartbeat = lambda claims: ([], [])
+    add(store, "a")
 
-    def handle(work):
-        first = work.claim
+    def handle(job):
+        first = job.claim
         seen.append(first.id)
-        poll(lambda: work.claim is not first)
-        assert kept.finish(work.claim)
+        poll(lambda: job.claim is not first)
+        while not store.finish(job.claim):
+            pass
 
-    start(handle)
-    poll(lambda: seen and kept.load() == (0, 0, 0))
+    start(handle, store=broken)
+    poll(lambda: seen and idle(store))
     assert seen == ["a"]
+    broken.close()
 
 
-def test_a_step_that_the_store_refused_is_done_when_it_works(kept, start, caplog):
-    add(kept, "a")
-    broken = [True]
+def test_an_operation_that_the_store_refused_is_retried_when_it_works(
+    store, start, caplog
+):
+    add(store, "a")
+    broken, started = Broken(store), threading.Event()
+    broken.finish = broken.check = refuse
 
-    def finish(claim):
-        if broken:
-            raise StoreError("away")
-        return kept.finish(claim)
+    def handle(job):
+        started.wait(20)
+        pool.when_store_works(lambda: broken.finish(job.claim))
 
-    pool = None
-
-    def handle(work):
-        poll(lambda: pool)
-        pool.when_store_works(finish, work.claim)
-
-    pool = start(handle)
+    pool = start(handle, store=broken)
+    started.set()
     poll(lambda: "away" in caplog.text)
-    broken.clear()
-    poll(lambda: kept.load() == (0, 0, 0))
+    assert store.state("a") == "open"
+    del broken.finish, broken.check
+    poll(lambda: idle(store))
+    poll(lambda: "the store works again" in caplog.text)
 
 
-def test_a_drain_waits_for_work_and_gives_the_rest_back(kept, start):
-    add(kept, "short", "long")
+def test_an_operation_that_always_fails_holds_up_nothing_and_is_dropped(
+    store, start, caplog
+):
+    tries, done = [], []
+
+    def fails():
+        tries.append(len(done))
+        raise StoreError("violates a constraint")
+
+    def works():
+        if not done:
+            done.append(None)
+            raise StoreError("once")
+        done.append("now")
+
+    pool = start(lambda job: store.finish(job.claim))
+    pool.when_store_works(fails)
+    pool.when_store_works(works)
+    pool.add("a", "chat", {})
+    poll(lambda: len(done) == 2 and idle(store))
+    poll(lambda: "given up after 5 tries: violates a constraint" in caplog.text)
+    time.sleep(0.1)
+    assert len(tries) == 5
+
+
+def test_threads_that_died_are_replaced(store, start, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    deaths, done = [], []
+
+    def handle(job):
+        if len(deaths) < 2:
+            deaths.append(threading.get_ident())
+            raise SystemExit
+        done.append(job.claim.id)
+        store.finish(job.claim)
+
+    add(store, *"abcd")
+    start(handle, threads=2)
+    poll(lambda: len(deaths) == 2 and len(done) == 2)
+    query(f"sqlite:///{store.path}", "UPDATE conversation SET due = 0")
+    poll(lambda: sorted(done) == [*"abcd"])
+
+
+def test_a_drain_waits_for_work_and_releases_the_rest(store, start):
+    add(store, "short", "long")
     ended, cancelled = threading.Event(), threading.Event()
+    short = threading.Event()
 
-    def handle(work):
-        work.cancel = cancelled.set
-        if work.claim.id == "short":
-            time.sleep(0.2)
-            kept.finish(work.claim)
+    def handle(job):
+        job.cancel = cancelled.set
+        if job.claim.id == "short":
+            short.wait(20)
+            store.finish(job.claim)
             return
         cancelled.wait(20)
-        assert work.lost
+        assert job.lost
         ended.set()
 
     pool = start(handle)
-    poll(lambda: len(pool._in_flight) == 2)
-    pool.close(drain=0.5)
+    poll(lambda: len(pool.jobs) == 2)
+    threading.Timer(0.1, short.set).start()
+    pool.close(drain=0.3)
     assert ended.wait(5)
-    assert kept.claim().id == "long"
+    assert store.state("short") == "gone"
+    assert store.claim().id == "long"
 
 
-def test_a_cancel_of_another_process_reaches_the_work(kept, start):
-    add(kept, "a")
+def test_a_claim_that_comes_while_the_pool_is_closed_is_released(store, start):
+    """Else it waits for its lease, with nobody to work on it."""
+    broken, claimed, closed = Broken(store), threading.Event(), threading.Event()
+
+    def claim(kept):
+        if taken := store.claim(kept):
+            claimed.set()
+            closed.wait(20)
+        return taken
+
+    broken.claim = claim
+    pool = start(lambda job: None, threads=1, store=broken)
+    pool.add("a", "chat", {})
+    assert claimed.wait(20)
+    pool.close(drain=0)
+    closed.set()
+    assert poll(store.claim).id == "a"
+
+
+def test_a_cancel_of_another_process_reaches_the_work(store, start):
+    add(store, "a")
     cancelled = threading.Event()
 
-    def handle(work):
-        work.cancel = cancelled.set
+    def handle(job):
+        job.cancel = cancelled.set
         cancelled.wait(20)
-        kept.finish(work.claim)
+        store.finish(job.claim)
 
     pool = start(handle)
-    poll(lambda: pool._in_flight)
-    kept.cancel("chat of a")
+    poll(lambda: pool.jobs)
+    store.cancel("chat of a")
     assert cancelled.wait(5)
+    poll(lambda: idle(store))
 
 
-def test_work_that_was_lost_is_left_alone(kept, start, monkeypatch):
+def test_work_without_a_cancel_or_a_tick_is_cancelled_all_the_same(store, start):
+    add(store, "a")
+    going = threading.Event()
+
+    def handle(job):
+        going.wait(20)
+        store.finish(job.claim)
+
+    pool = start(handle)
+    poll(lambda: pool.jobs)
+    in_threads(2, lambda _: pool.cancel("chat of a"))
+    going.set()
+    poll(lambda: idle(store))
+
+
+def test_work_that_was_lost_is_left_alone(store, start):
     """Else it would keep a stream alive that another process writes to."""
-    add(kept, "a")
-    ticks, going = [], threading.Event()
+    add(store, "a")
+    ticks, beats, going, broken = [], [], threading.Event(), Broken(store)
 
-    def handle(work):
-        work.tick = lambda: ticks.append(work.lost)
+    def handle(job):
+        job.tick = lambda: ticks.append(job.lost)
         going.wait(20)
         raise LeaseLost
 
-    pool = start(handle)
+    def heartbeat(claims):
+        beats.append(claims)
+        return list(claims), []
+
+    pool = start(handle, store=broken)
     poll(lambda: ticks)
-    monkeypatch.setattr(kept, "heartbeat", lambda claims: (list(claims), []))
-    poll(lambda: pool._flying()[0].lost)
-    before = len(ticks)
-    time.sleep(1.2)
+    broken.heartbeat = heartbeat
+    poll(lambda: pool.jobs[0].lost)
+    before, beats_before = len(ticks), len(beats)
+    poll(lambda: len(beats) > beats_before + 3)
     going.set()
     assert len(ticks) <= before + 1 and not any(ticks)
