@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from .chat import Chat
 from .tencent import Message
-from .tencent.mentions import trim
 
 LONGEST_NAME = 64  # characters
 PUNCTUATION = ".。!?~…,、;:"  # after a command's name it is not part of it
@@ -54,7 +53,7 @@ def find(message: Message) -> tuple[Run, str] | None:
     """Return the command that a message is, and its argument."""
     if message.kind != "question":
         return None
-    first, argument = [*trim(message.text).split(maxsplit=1), "", ""][:2]
+    first, argument = [*message.text.split(maxsplit=1), "", ""][:2]
     written = plain(first)
     for name, command in COMMANDS.items():
         if written in (name, command.name) and (command.takes or not argument):

@@ -9,7 +9,7 @@ import pytest
 from conftest import APPID
 
 from imbot.group_context import HEADING, context
-from imbot.tencent import Client, IMError, callback
+from imbot.tencent import Client, callback
 from imbot.timing import NORMAL
 from simulator import KEY, text_body
 from usersig import gen_user_sig
@@ -131,22 +131,41 @@ def test_without_the_talk_a_question_is_answered_all_the_same(
     [{}, {"RspMsgList": 5}, {"RspMsgList": [5]}, {"RspMsgList": [{"MsgSeq": 1}]}],
 )
 def test_an_answer_that_cannot_be_read_is_none(talk, caplog, answer):
-    class Broken:
-        timing = NORMAL
-
-        def call(self, *about, **more):
-            return answer
-
-    assert context(Broken(), talk(("lin", "one")), 9) == ""
+    assert context(Fake(answer), talk(("lin", "one")), 9) == ""
     assert len(caplog.records) == 1
 
 
+class Fake:
+    """A client whose calls bring an answer."""
+
+    timing = NORMAL
+
+    def __init__(self, answer):
+        self.answer, self.limits = answer, []
+
+    def call(self, command, body, **limits):
+        self.limits.append(limits)
+        return self.answer
+
+
 def test_a_silent_tencent_costs_little_time(talk):
-    class Silent:
-        timing = NORMAL
+    client = Fake({"RspMsgList": []})
+    assert context(client, talk(("lin", "one")), 9) == ""
+    assert client.limits == [{"pauses": (), "timeout": 2.0}]
 
-        def call(self, command, body, pauses, timeout):
-            assert (pauses, timeout) == ((), 2.0)
-            raise IMError(command, -1, "no answer")
 
-    assert context(Silent(), talk(("lin", "one")), 9) == ""
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"IsPlaceMsg": 1},
+        {"IsPlaceMsg": 2},
+        {"From_Account": "lin\njared"},
+        {"From_Account": "x" * 129},
+        {"From_Account": ROBOT},
+    ],
+)
+def test_what_is_gone_or_nobodys_is_left_out(talk, fields):
+    item = {"From_Account": "lin", "IsPlaceMsg": 0, "MsgSeq": 1}
+    item |= {"MsgBody": text_body("hi")}
+    assert "> lin: hi" in context(Fake({"RspMsgList": [item]}), talk(("lin", "x")), 9)
+    assert context(Fake({"RspMsgList": [item | fields]}), talk(), 9) == ""

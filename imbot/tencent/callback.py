@@ -66,7 +66,7 @@ class Message:
     # "question", or: "greeting" (a bare mention), "mention" (a question that still
     # holds the mention: see Nicks.settle), "stop" (a button), "recalled" (its id is the
     # recall_id of the question), "unsupported" (a voice, a file), "said" (by the robot
-    # unasked), "missed" (no message, but work of missed.py)
+    # unasked)
     kind: str = "question"
     sent: float = 0.0  # Unix seconds, by Tencent's clock; within a second by MsgSeq
     seq: int = 0  # its MsgSeq: the answer's is higher, so clients sort it below
@@ -77,10 +77,6 @@ class Message:
     def load(cls, data: Json) -> Message:
         """Return the message that the store kept as `data`."""
         return cls(**data | {"images": tuple(data["images"])})
-
-    def is_from_robot(self) -> bool:
-        """Return whether a robot wrote it."""
-        return self.user.upper().startswith(ROBOT)
 
     def data(self) -> Json:
         """Return the fields, for the store."""

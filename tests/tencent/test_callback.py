@@ -348,6 +348,11 @@ def test_robots_that_others_answer_for_are_left_alone(sim, make_app):
     assert len(sim.delivered) == 2
 
 
+def test_a_groups_recalls_name_no_robot_and_are_read_all_the_same():
+    body, nobody = json.dumps(group_recall_event(7)).encode(), lambda robot: False
+    assert len(callback.read_messages({}, body, {}, nobody)) == 1
+
+
 def test_robots_only_needs_a_robot():
     env = {"IM_SDKAPPID": "1", "IM_KEY": "k", "AI_PROVIDER": "echo"}
     env |= {"ALLOW_UNSIGNED": "1", "ROBOTS_ONLY": "1"}
@@ -365,6 +370,7 @@ def test_robots_only_needs_a_robot():
         "https://例子.中国/图.png",
         "https://xn--fsqu00a.xn--fiqs8s/",
         "https://1.example.com./",
+        "https://example。com/x",
         "https://example.com?x=1",
     ],
 )

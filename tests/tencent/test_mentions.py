@@ -139,8 +139,8 @@ def test_a_nick_stands_alone_or_runs_into_the_next_word(nick, text, alone, glued
 
 def test_a_robots_nick_may_begin_anothers():
     nicks = {ROBOT: "小助", "@RBT#002": "小助手"}
-    [message] = in_group("@小助手帮我 @小助", nicks, robots=[*nicks])
-    assert message.text == "帮我"
+    [message] = in_group("@小助手帮我 @小助看看", nicks, robots=[*nicks])
+    assert message.text == "帮我 看看"
 
 
 def test_long_texts_are_read_in_no_time():
@@ -288,6 +288,23 @@ def test_without_its_nick_a_robot_is_known_by_its_id(nicks, caplog):
         assert learned.settle(message).text == "@lin hi"
         time.sleep(0.06)
     assert len(caplog.records) <= 1
+
+
+def test_the_look_up_learns_the_nick(sim, make_app):
+    sim.robots[ROBOT] = "My Robot"
+    app = make_app(ai_provider="echo")
+    app.extensions["bot"].close(drain=5)
+    away = {"well": {"a server": time.time() - 60}}  # its last heartbeat
+    app.extensions["bot"].store.put("servers", away)
+    text = text_body("@My Robot hi")
+    sim.say_in_group("jared", GROUP, "", [ROBOT], MsgBody=text)
+    sim.say_in_group("jared", GROUP, "", ["@RBT#002"], MsgBody=text_body("@Helper ho"))
+    robots = {ROBOT: Persona()}
+    make_app(ai_provider="echo", robots=robots, robots_only=True)
+    assert sim.wait(1)[0].text == "@jared jared: hi"
+    poll(lambda: not app.extensions["bot"].store.get("servers")["outages"])
+    assert {m.robot for m in sim.delivered} == {ROBOT}
+    assert "@RBT#002" not in {robot for robot, _ in sim.looked_up}
 
 
 def test_what_is_said_one_to_one_asks_for_no_nick():
