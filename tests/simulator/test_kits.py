@@ -214,6 +214,19 @@ def test_the_chunks_of_a_stream_must_follow_one_another(sim, send):
         send(command, stream(4, "d", **id), **about)
 
 
+def test_a_silent_stream_is_closed(sim, send):
+    command = "stream_msg/send_c2c_stream_msg"
+    about = {"To_Account": "jared", "MsgRandom": 7, "MsgSeq": 1}
+    id = {"StreamMsgID": send(command, stream(1, "a"), **about)["StreamMsgID"]}
+    [message] = sim.delivered
+    assert not message.closed
+    message.time -= 16
+    assert message.closed
+    with pytest.raises(rest.IMError, match="10004"):
+        send(command, stream(2, "b", **id), **about)
+    assert (message.text, message.closed) == ("a", True)
+
+
 def test_an_answer_that_ends_in_an_ellipsis_is_an_answer(sim, send):
     sim.ai_answer = lambda messages: "Well…"
     sim.reply_to([])
