@@ -11,6 +11,7 @@ from conftest import APPID, FAST, in_threads, poll
 
 from imbot.tencent import rest
 from simulator import KEY, text_body
+from simulator.__main__ import demo_settings
 from simulator.kits import KitChat
 from simulator.messages import is_finished
 from simulator.page import act
@@ -305,6 +306,13 @@ def test_a_repeated_group_message_may_be_answered_with_a_reason(sim, send):
     again = send(command, text_body("hi"), **group)
     assert again == first | {"MsgDropReason": "duplicate"}
     assert len(sim.delivered) == 1
+
+
+def test_the_bot_gets_the_environment_but_what_the_demonstration_sets():
+    environment = {"LANG": "zh_CN.UTF-8", "MY_KEY": "x", "REPLY_MODE": "whole"}
+    ours = {"IM_KEY": "y", "DATABASE_URL": "postgres:", "PORT": "1", "AI_MODEL": ""}
+    more = {"BOT_LANGUAGE": "zh", "AI_PROVIDER": "minimax"}
+    assert demo_settings(environment | ours) == environment | more
 
 
 def test_trouble_ends_when_the_last_page_is_left(sim):

@@ -209,6 +209,41 @@ def news(url):
                 yield from json.loads(line.removeprefix(b"data: "))
 
 
+BROKEN_COMMAND = """
+from imbot.commands import command
+
+@command("/boom", "炸", zh="", en="")
+def boom(chat, argument):
+    return f"{1 / 0}"
+"""
+
+
+def test_the_bot_gets_the_environment_and_its_tracebacks_are_shown(tmp_path):
+    tmp_path.joinpath("sitecustomize.py").write_text(BROKEN_COMMAND)
+    path = {"PYTHONPATH": f"{tmp_path}:{HERE}", "port": "of something else"}
+    printed = demonstrate("--say", "/boom", **path)
+    assert "The bot warns: " in printed
+    assert "ZeroDivisionError: division by zero" in printed
+    assert 'in boom\n    return f"{1 / 0}"\n' in printed  # its traceback, line by line
+
+
+def test_it_serves_until_it_is_stopped(demonstration):
+    process, printed = demonstration()
+    for line in process.stdout:
+        if "from the group (question" in line:
+            break
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    page = printed.split("open ")[1].split(" ")[0]
+    assert requests.get(page).ok
+
+
+def test_a_bot_elsewhere_that_is_not_there_is_missed():
+    url = f"http://127.0.0.1:{free_port()}"
+    text = f"Nobody answers at {url}: start the bot with the settings above."
+    assert text in demonstrate("--bot", url, until="The chat page")
+
+
 @pytest.fixture
 def demonstration():
     """Return a function that starts the demonstration; it returns when there is a page
