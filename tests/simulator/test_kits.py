@@ -142,6 +142,7 @@ def test_in_a_group_no_kit_locks(sim, send):
     sim.say_in_group("jared", "@TGS#demo", "hello", ["@RBT#001"])
     group = {"GroupId": "@TGS#demo", "Random": 1, "From_Account": "@RBT#001"}
     send("group_open_http_svc/send_group_msg", text_body("hi"), **group)
+    assert not sim.kit_chat("phone", "@TGS#demo", "@RBT#001").shown
     assert sim.locked() == {"phone": {}, "vue": {}}
 
 
