@@ -104,7 +104,9 @@ OPEN = {
     "that does not begin with it: Vue shows the end of the second after the first",
 }
 CASES = [
-    pytest.param(mode, kind, marks=pytest.mark.xfail(reason=why, strict=True))
+    pytest.param(
+        mode, kind, marks=[pytest.mark.slow, pytest.mark.xfail(reason=why, strict=True)]
+    )
     if (why := OPEN.get((mode, kind)))
     else (mode, kind)
     for mode in ("custom", "card")
