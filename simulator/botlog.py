@@ -21,7 +21,8 @@ ID = re.compile(r"(@RBT#\S+) (\S+)(?: \S+){0,2} (\d+) (\d+) \d{9,}")
 def warnings_told(log: Path, tell: Callable[[str, str], None]) -> Iterator[None]:
     """Call `tell` with the text of each warning, and its question's name or "".
 
-    The text goes on with the lines of a traceback.
+    The text goes on with the lines of a traceback: gunicorn logs them as they are, the
+    bot on one line.
     """
     ended = threading.Event()
 
@@ -29,7 +30,7 @@ def warnings_told(log: Path, tell: Callable[[str, str], None]) -> Iterator[None]
         for record in records(follow(log, ended)):
             if found := re.match(WARNING, record, re.DOTALL):
                 named = ID.search(found[1])
-                text = ID.sub(r"\2 → \1", found[1])
+                text = ID.sub(r"\2 → \1", found[1]).replace("\\n", "\n")
                 tell(text, f"{named[3]} {named[4]}" if named else "")
 
     thread = threading.Thread(target=read, daemon=True)

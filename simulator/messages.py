@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Json = dict[str, Any]
+STREAM_GAP = 15  # seconds between two chunks of a stream, at most
 SEQS = itertools.count(random.getrandbits(31))  # a client sorts one second by MsgSeq
 
 
@@ -129,7 +130,7 @@ class Delivered:
     key: Any = None  # MsgKey, MsgSeq or StreamMsgID, by which it can be changed
     text: str = ""
     pictures: list[str] = field(default_factory=list)  # their addresses
-    closed: bool = True  # no more of it is to come
+    ended: bool = True  # it says so itself
     failed: bool = False  # it shows an error
     states: list[str] = field(default_factory=list, repr=False)  # every text shown
     elements: list[Json] = field(default_factory=list, repr=False)  # as they are now
@@ -137,6 +138,12 @@ class Delivered:
     born: float = field(default_factory=time.time)
     said: float = 0.0  # when it first said something
     time: float = field(default_factory=time.time)  # of the last change
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more of it is to come. Tencent closes a stream that is silent."""
+        silent = self.is_stream() and time.time() - self.time > STREAM_GAP
+        return self.ended or silent
 
     @property
     def place(self) -> tuple[int, int]:
@@ -149,7 +156,7 @@ class Delivered:
 
     def show(self, text: str, closed: bool, failed: bool = False) -> None:
         """Change what the user sees."""
-        self.text, self.closed, self.failed = text, closed, failed
+        self.text, self.ended, self.failed = text, closed, failed
         self.states.append(text)
         self.time = time.time()
         if not self.said and text.strip("…"):

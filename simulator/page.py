@@ -23,7 +23,7 @@ from .standin import StandIn
 SHOWN = 500  # answers that the page shows
 PACE, SLOW = 0.04, 0.5  # seconds between two chunks of an AI that is watched
 _STARTING = threading.Lock()  # held while the bot is started or stopped
-UNSHOWN = {"body", "states", "elements", "index"}
+UNSHOWN = {"body", "states", "elements", "index", "ended"}
 REPLY_MODES = ("whole", "card", "modify", "custom", "stream")
 NO_TROUBLE = {"ai": "", "im": "", "bot": ""}
 
@@ -83,6 +83,7 @@ def _unseen(simulator: StandIn, seen: dict[str, Json]) -> list[Json]:
         shown = {k: v for k, v in vars(message).items() if k not in UNSHOWN}
         shown |= {"answer": number, "of": simulator.question_of(message.body)}
         shown["second"], shown["order"] = message.place
+        shown["closed"] = message.closed
         shown["kits"] = _as_kits_show(simulator, message)
         items.append({"id": f"answer {number}", **shown})
     return [item for item in items if seen.get(item["id"]) != item]

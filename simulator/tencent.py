@@ -26,7 +26,7 @@ from .signature import Refused, check_user_sig
 KEY = "5bd2850fff3ecb11d7c805251c51ee463a25727bddc2385f3fa8bfee1bb93b5e"
 C2C_WINDOW, GROUP_WINDOW = 120, 300  # seconds in which Tencent knows a repetition
 LARGEST_MESSAGE = 12 * 1024  # bytes of a MsgBody
-LARGEST_STREAM, STREAM_GAP = 128 * 1024, 15  # bytes; seconds
+LARGEST_STREAM = 128 * 1024  # bytes
 OPENED = re.compile(r"(@\S+ )?…")  # the text of a message that is going to be edited
 
 U32 = range(2**32)
@@ -332,9 +332,8 @@ class Tencent(History):
 
     def _grow(self, message: Delivered, chunk: Json) -> None:
         """Add a chunk to a stream. Clients ignore one that does not follow the last."""
-        late = message.index and time.time() - message.time > STREAM_GAP
-        if late or message.closed and message.index:
-            message.closed = True
+        if message.index and message.closed:
+            message.ended = True
             raise Refused(10004, "the stream is closed")
         whole = message.text + chunk["Markdown"]
         if len(whole.encode()) > LARGEST_STREAM:

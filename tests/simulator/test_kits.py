@@ -11,6 +11,7 @@ from conftest import APPID, FAST, in_threads, poll
 
 from imbot.tencent import rest
 from simulator import KEY, text_body
+from simulator.__main__ import demo_settings
 from simulator.kits import KitChat
 from simulator.messages import is_finished
 from simulator.page import act
@@ -141,6 +142,7 @@ def test_in_a_group_no_kit_locks(sim, send):
     sim.say_in_group("jared", "@TGS#demo", "hello", ["@RBT#001"])
     group = {"GroupId": "@TGS#demo", "Random": 1, "From_Account": "@RBT#001"}
     send("group_open_http_svc/send_group_msg", text_body("hi"), **group)
+    assert not sim.kit_chat("phone", "@TGS#demo", "@RBT#001").shown
     assert sim.locked() == {"phone": {}, "vue": {}}
 
 
@@ -212,6 +214,19 @@ def test_the_chunks_of_a_stream_must_follow_one_another(sim, send):
     assert (message.text, message.closed) == ("abc", True)
     with pytest.raises(rest.IMError, match="10004"):
         send(command, stream(4, "d", **id), **about)
+
+
+def test_a_silent_stream_is_closed(sim, send):
+    command = "stream_msg/send_c2c_stream_msg"
+    about = {"To_Account": "jared", "MsgRandom": 7, "MsgSeq": 1}
+    id = {"StreamMsgID": send(command, stream(1, "a"), **about)["StreamMsgID"]}
+    [message] = sim.delivered
+    assert not message.closed
+    message.time -= 16
+    assert message.closed
+    with pytest.raises(rest.IMError, match="10004"):
+        send(command, stream(2, "b", **id), **about)
+    assert (message.text, message.closed) == ("a", True)
 
 
 def test_an_answer_that_ends_in_an_ellipsis_is_an_answer(sim, send):
@@ -292,6 +307,13 @@ def test_a_repeated_group_message_may_be_answered_with_a_reason(sim, send):
     again = send(command, text_body("hi"), **group)
     assert again == first | {"MsgDropReason": "duplicate"}
     assert len(sim.delivered) == 1
+
+
+def test_the_bot_gets_the_environment_but_what_the_demonstration_sets():
+    environment = {"LANG": "zh_CN.UTF-8", "MY_KEY": "x", "REPLY_MODE": "whole"}
+    ours = {"IM_KEY": "y", "DATABASE_URL": "postgres:", "PORT": "1", "AI_MODEL": ""}
+    more = {"BOT_LANGUAGE": "zh", "AI_PROVIDER": "minimax"}
+    assert demo_settings(environment | ours) == environment | more
 
 
 def test_trouble_ends_when_the_last_page_is_left(sim):

@@ -57,26 +57,40 @@ def demonstrate(*arguments, until="", **settings):
     return "".join(printed) + rest
 
 
-def sample(readme):
-    """Return the lines of a README's sample, without the times."""
-    [block] = [text for text in readme.split("```\n") if text.startswith("[")]
-    return [line.split("   (")[0] for line in block.splitlines()]
+SPOKEN = {
+    "en": [
+        "[one-to-one] jared: Hello!",
+        "[one-to-one] Robot: You said: Hello! (question 1 of our chat)",
+        "[one-to-one] jared: What did I say before?",
+        "[one-to-one] Robot: You said: What did I say before? (question 2 of our chat)",
+        "[group @TGS#demo] lin: @Robot hello from the group",
+        "[group @TGS#demo] Robot: "
+        "@lin You said: lin: hello from the group (question 1 of our chat)",
+    ],
+    "zh": [
+        "[单聊] jared：你好",
+        "[单聊] Robot：你说：你好（这段对话的第 1 个问题）",
+        "[单聊] jared：我刚才说了什么？",
+        "[单聊] Robot：你说：我刚才说了什么？（这段对话的第 2 个问题）",
+        "[群聊 @TGS#demo] lin：@Robot 大家好",
+        "[群聊 @TGS#demo] Robot：@lin 你说：lin: 大家好（这段对话的第 1 个问题）",
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    ("readme", "settings"),
+    ("language", "settings"),
     [
-        ("README.md", {"LANG": "C.UTF-8"}),
-        ("README.zh-CN.md", {"LANG": "zh_CN.UTF-8", "PYTHONUTF8": "1"}),
-        ("README.zh-CN.md", {"LANG": "C.UTF-8", "BOT_LANGUAGE": "zh"}),
+        ("en", {"LANG": "C.UTF-8"}),
+        ("zh", {"LANG": "zh_CN.UTF-8", "PYTHONUTF8": "1"}),
+        ("zh", {"LANG": "C.UTF-8", "BOT_LANGUAGE": "zh"}),
     ],
 )
-def test_the_demonstration_prints_the_sample_of_the_readme(readme, settings):
-    shown = sample(HERE.joinpath(readme).read_text("utf-8"))
+def test_the_demonstration_holds_a_conversation(language, settings):
+    shown = SPOKEN[language]
     printed = demonstrate(until=shown[-1], **settings).splitlines()
     printed = [line.split("   (")[0] for line in printed]
-    assert [line for line in printed if line in shown] == shown
-    assert len(shown) == 6
+    assert [line for line in printed if line.startswith("[")] == shown
 
 
 @pytest.mark.parametrize(
@@ -97,7 +111,7 @@ def test_why_a_real_service_does_not_answer_is_printed(settings, reason):
         env["AI_BASE_URL"] = env["AI_BASE_URL"].format(real.url)
         printed = demonstrate("--say", "hello", **env)
         assert f"the real service {env['AI_BASE_URL']} (minimax, " in printed
-        assert "The bot warns: no answer for jared → @RBT#001: HTTP" in printed
+        assert "The bot warns: no answer for jared → @RBT#001: POST http" in printed
         assert reason in printed and env["AI_SECRET_KEY"] not in printed
 
 
@@ -207,6 +221,41 @@ def news(url):
         for line in stream.iter_lines(chunk_size=1):
             if line:
                 yield from json.loads(line.removeprefix(b"data: "))
+
+
+BROKEN_COMMAND = """
+from imbot.commands import command
+
+@command("/boom", "炸", zh="", en="")
+def boom(chat, argument):
+    return f"{1 / 0}"
+"""
+
+
+def test_the_bot_gets_the_environment_and_its_tracebacks_are_shown(tmp_path):
+    tmp_path.joinpath("sitecustomize.py").write_text(BROKEN_COMMAND)
+    path = {"PYTHONPATH": f"{tmp_path}:{HERE}", "port": "of something else"}
+    printed = demonstrate("--say", "/boom", **path)
+    assert "The bot warns: " in printed
+    assert "ZeroDivisionError: division by zero" in printed
+    assert 'in boom\n    return f"{1 / 0}"\n' in printed  # its traceback, line by line
+
+
+def test_it_serves_until_it_is_stopped(demonstration):
+    process, printed = demonstration()
+    for line in process.stdout:
+        if "from the group (question" in line:
+            break
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    page = printed.split("open ")[1].split(" ")[0]
+    assert requests.get(page).ok
+
+
+def test_a_bot_elsewhere_that_is_not_there_is_missed():
+    url = f"http://127.0.0.1:{free_port()}"
+    text = f"Nobody answers at {url}: start the bot with the settings above."
+    assert text in demonstrate("--bot", url, until="The chat page")
 
 
 @pytest.fixture

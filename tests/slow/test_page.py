@@ -135,7 +135,7 @@ def test_a_chat_in_a_browser(stage, browser):
     poll(lambda: len(page.answers()) == 2)
     assert page.answers()[1].endswith("(stopped)")
     [element] = sim.said[-1]["MsgBody"]
-    button = {"chatbotPlugin": 2, "src": 22, "msgKey": sim.delivered[-1].key}
+    button = {"chatbotPlugin": 2, "src": 22, "msgKey": sim.delivered[1].key}
     assert json.loads(element["MsgContent"]["Data"]) == button
 
     # The page and the stand-in's answers can be Chinese.
@@ -285,18 +285,20 @@ def test_every_call_belongs_to_its_question():
             m.text for m in sim.delivered if sim.question_of(m.body) == own[0]["of"]
         ]
         assert len(answers) == len(robots)
-    assert not [call["line"] for call in calls if not call["of"]]
+    others = [call["line"] for call in calls if not call["of"]]
+    assert all("portrait_get" in line for line in others)  # the robots' names
 
 
 PAIRS = [("jared", "@RBT#001"), ("jared", "@RBT#002"), ("lin", "@RBT#001")]
 
 
-def send(sim, elements):
+def send(sim, elements, **fields):
     """Send elements as the robot."""
     sign = partial(gen_user_sig, sim.sdkappid, sim.key)
     body = {"From_Account": "@RBT#001", "To_Account": "jared", "MsgBody": elements}
     body["MsgRandom"] = random.getrandbits(32)
-    Client(sim.url, sim.sdkappid, sim.admin, sign).call("openim/sendmsg", body)
+    client = Client(sim.url, sim.sdkappid, sim.admin, sign)
+    return client.call("openim/sendmsg", body | fields)
 
 
 def test_a_phones_input_is_locked_as_the_kit_locks_it(stage):
@@ -367,6 +369,18 @@ def test_the_requests_of_a_message_are_easy_to_read(stage):
     page.click("#tips button")
     poll(lambda: "你好" in "".join(page.answers()))
     assert sim.delivered[-1].chat == "@TGS#demo"
+
+
+def test_a_chat_is_sorted_as_tencents_clients_sort_it(stage):
+    page, sim = stage.page, stage.sim
+    sim.bot_url = ""
+    told = send(sim, text_body("second"), MsgSeq=70)
+    for text, seq, later in [("first", 69, 0), ("third", 71, 0), ("fourth", 1, 1)]:
+        at = told["MsgTime"] + later
+        sim.say("jared", "@RBT#001", text, MsgSeq=seq, MsgTime=at)
+    poll(lambda: len(page.all("#log .bubble")) == 4)
+    shown = [item.text for item in page.all("#log .bubble")]
+    assert shown == ["first", "second", "third", "fourth"]
 
 
 def test_any_element_of_a_robot_is_drawn(stage):
