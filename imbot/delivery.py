@@ -114,7 +114,8 @@ class Delivery:
                 raise LeaseLost from None
             return self._explain(error, text)
         remember = not self.chat.memory and self.chat.turns > 0
-        return Answer(text, remember=remember, outcome="answered")
+        note = self.outbox.texts["unread"] if "pictures" in scope.left_out else ""
+        return Answer(text, note, remember=remember, outcome="answered")
 
     def _update(self, text: str) -> None:
         """Show the text so far. What that takes is not counted as the AI's time."""

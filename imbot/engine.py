@@ -58,7 +58,9 @@ class Engine:
         self.im = self.connect(settings, timing)
         self.nicks = Nicks(self.im, {r: p.nick for r, p in settings.robots.items()})
         personas = {Persona(), *settings.robots.values()}
-        self.providers = {p: settings.provider(p, self.services) for p in personas}
+        self.providers = {
+            p: settings.provider(p, self.services, timing) for p in personas
+        }
         days, threads = settings.retention_days, settings.worker_threads
         self.workers = Workers(store, self.work, threads, days * 86400, timing)
         shared = settings, store, self.workers, self.im

@@ -42,17 +42,17 @@ def test_settings_are_read_and_secrets_are_not_shown():
         {
             "IM_SDKAPPID": "1400000000",
             "IM_KEY": "the key\n",
-            "IM_CALLBACK_TOKEN": "one, two",
+            "IM_CALLBACK_TOKEN": "token-a, token-b",
             "AI_SECRET_KEY": "the ai key",
             "AI_MODEL": "",
             "AI_EXTRA_BODY": '{"temperature": 0.5}',
         }
     )
     assert config.im_key == "the key"
-    assert config.im_callback_token == ("one", "two")
+    assert config.im_callback_token == ("token-a", "token-b")
     assert config.ai_extra_body == {"temperature": 0.5}
     assert config.ai_timeout == 60
-    for secret in ("the key", "the ai key", "one"):
+    for secret in ("the key", "the ai key", "token-a"):
         assert secret not in repr(config)
 
 

@@ -44,6 +44,7 @@ class Lessons:
 
     needed: set[str] = field(default_factory=set)  # cuts without which it refuses
     unsure: set[str] = field(default_factory=set)  # others that were made with them
+    taken: set[str] = field(default_factory=set)  # what it was asked with and answered
     room: float = float("inf")  # characters of all messages that it takes
     filtered: set[int] = field(default_factory=set)  # hashes of turns it refuses
     told: dict[str, str] = field(default_factory=dict)  # by cut, for the operator
@@ -108,9 +109,14 @@ class Attempts:
         }
         self.possible = [cut for cut in CUTS if possible[cut]]
         self.less = (lessons.needed | lessons.unsure) & {*self.possible}
-        tested = [cut for cut in self.possible if cut in lessons.unsure]
+        tested = [] if self._sent() - lessons.taken else self.less & lessons.unsure
         self.tested = max(tested, key=VALUE.index, default="")  # perhaps not needed
         self.less.discard(self.tested)
+
+    def _sent(self) -> set[str]:
+        """Return what is not cut of this question."""
+        kept = {*self.possible} - self.less
+        return kept if self._turns() else kept - {"history"}
 
     def question(self) -> Question:
         """Return what to ask now."""
@@ -138,9 +144,7 @@ class Attempts:
     def shrink(self, error: ProviderError) -> bool:
         """Ask for less next time; return whether that may help after this error."""
         named = [c for c, word in CUTS.items() if re.search(word, error.details, re.I)]
-        left = [cut for cut in self.possible if cut not in self.less]
-        if not self._turns():
-            left = [cut for cut in left if cut != "history"]
+        left = [cut for cut in self.possible if cut in self._sent()]
         if error.kind == "filter":  # of an old turn, or of this question
             left = [cut for cut in left if cut == "history"]
         elif not error.refused:
@@ -159,6 +163,7 @@ class Attempts:
     def answered(self) -> str:
         """Remember what helped; return the sentence about it, if it is news."""
         lessons = self.lessons
+        lessons.taken |= self._sent()
         if not self.cuts:
             lessons.unsure.discard(self.tested)
             return ""

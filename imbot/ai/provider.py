@@ -129,7 +129,8 @@ class Provider:
             raise ProviderError("empty", "the question holds no text")
         memory, text, tried = memory or new_memory("operator"), "", 0
         question = Question(messages, scope, update_interval, memory)
-        optional = {n: v for n, v in self.preset.items() if v and n not in self.extra}
+        optional = {n: v for n, v in self.preset.items() if v is not None}
+        optional = {n: v for n, v in optional.items() if n not in self.extra}
         attempts = Attempts(question, self.lessons, optional, self.service.remembers)
         while True:
             try:

@@ -21,13 +21,16 @@ _OPENINGS = {  # how thinking begins, and how this kind of it ends
 _BEGINS = re.compile("|".join(rf"\s*({opening})" for opening in _OPENINGS))
 _ENDS = [re.compile(closing) for closing in _OPENINGS.values()]
 _LONE = re.compile(rf"\s*(?:</{_NAMES}>|\[/THINK\]|{_FINAL})")
+# It begins with one class of characters: so the search for it is quick.
 _TAG = re.compile(
-    rf"(?:(</{_NAMES}>|\[/THINK\]|{_FINAL})|<{_NAMES}>|\[THINK\])\s{{0,9}}"
+    rf"[<\[](?:((?<=<)/{_NAMES}>|(?<=\[)/THINK\]|(?<=<)\|(?:end\|><\|)?"
+    rf"(?:start\|>\w*<\|)?channel\|>final[^<]*<\|message\|>)|"
+    rf"(?<=<){_NAMES}>|(?<=\[)THINK\])\s{{0,9}}"
 )
 _QUOTES = " \t`'\"“‘「『《（([*"  # before a tag that is quoted
 # An end of a text that may go on as a tag, as the space after one, or as an emoji.
 _OPEN = re.compile(
-    rf"(?:<[/a-z:]{{0,9}}|(?:<\|?\w*\|?>?\w{{0,10}}){{1,5}}|\[/?[THINK]{{0,5}}|"
+    rf"(?:<[/a-z:]{{0,9}}|(?:<\|(?!message\|>)\w*\|?>?\w{{0,10}}){{1,5}}|\[/?[THINK]{{0,5}}|"
     rf"(?:</?{_NAMES}>|\[/?THINK\])\s{{0,8}}|[\ud800-\udbff])\Z"
 )
 _HALF = re.compile(r"\s*<details[^>]*(?:>\s*(?:<[^/]*)?)?\Z")
@@ -48,7 +51,9 @@ def visible(text: str, final: bool = True) -> str:
         end = tag.end()
         if text[tag.start() - 1] not in _QUOTES or "\n" in tag[0]:
             start = end = _after_thoughts(text, end, final)
-    text = re.sub(r"(?:<\|(?:end|return)\|>\s*)+\Z", "", text[start:])
+    text = text[start:]
+    if text.endswith("|>"):
+        text = re.sub(r"(?:<\|(?:end|return)\|>)+\Z", "", text)
     return _PICTURE.sub("[picture]", text) if "data:image/" in text else text
 
 
