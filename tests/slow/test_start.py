@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import HERE
+from conftest import HERE, poll
 
 from simulator import BotProcess, running
 
@@ -47,6 +48,22 @@ def test_a_bot_started_in_another_folder_says_what_is_wrong_or_starts(sim, tmp_p
     assert "IM_KEY is missing." in bot.log.read_text()
     bot.env["IM_KEY"] = key
     bot.start().stop()
+
+
+def test_a_reload_takes_new_code(sim, tmp_path):
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    tmp_path.joinpath("imbot").symlink_to(HERE / "imbot")
+    bot = BotProcess(sim, str(tmp_path), WEB_CONCURRENCY=2)
+    bot.folder = tmp_path
+    bot.start()
+    try:
+        code = tmp_path / "botserver.py"
+        code.write_text(code.read_text().replace("The bot is running", "New code runs"))
+        bot.process.send_signal(signal.SIGHUP)
+        poll(lambda: "New code runs" in requests.get(bot.url, timeout=5).text)
+    finally:
+        bot.stop()
 
 
 def test_a_proxy_may_say_https_in_whatever_headers_it_likes(tmp_path):
