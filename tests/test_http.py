@@ -12,11 +12,22 @@ import time
 import traceback
 import zlib
 from contextlib import closing
+from dataclasses import replace
 from http.client import HTTPConnection
 
 import pytest
 import requests
-from conftest import AI_KEY, ANSWER, QUESTION, RECORDED, delta, dribble, in_threads, sse
+from conftest import (
+    AI_KEY,
+    ANSWER,
+    FAST,
+    QUESTION,
+    RECORDED,
+    delta,
+    dribble,
+    in_threads,
+    sse,
+)
 
 from imbot.ai.errors import ProviderError
 from imbot.ai.provider import Provider
@@ -29,6 +40,7 @@ from imbot.http import (
     read_arrived,
 )
 from imbot.tencent.rest import Client
+from imbot.timing import NORMAL
 from providers import PROVIDERS
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -50,8 +62,14 @@ def silent(head):
 
 def ask_socket(url, seconds=20.0, name="openai", key=AI_KEY, interval=0.2, **fields):
     """Return every text so far."""
+    fields = {"timing": FAST, **fields}
     provider = Provider(PROVIDERS[name], key, url, **fields)
     return list(provider.chat(QUESTION, CancelScope(seconds), interval))
+
+
+def service(url, **fields):
+    """Return the provider of a server."""
+    return Provider(PROVIDERS["openai"], AI_KEY, url, timing=FAST, **fields)
 
 
 def answer_of(provider, scope):
@@ -148,7 +166,7 @@ STOPPED = {
 @pytest.mark.parametrize("script", STOPPED.values(), ids=STOPPED)
 def test_a_call_is_ended_from_another_thread(ai_socket, script):
     server, call = ai_socket(script), CancelScope(30)
-    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    provider = service(server.url)
     timer = threading.Timer(0.3, call.cancel)
     timer.start()
     began = time.monotonic()
@@ -163,7 +181,7 @@ def test_a_stopped_call_asks_nobody(ai_socket):
     server, call = ai_socket(b""), CancelScope(30)
     call.cancel()
     with pytest.raises(ProviderError) as caught:
-        list(Provider(PROVIDERS["openai"], AI_KEY, server.url).chat(QUESTION, call))
+        list(service(server.url).chat(QUESTION, call))
     assert (caught.value.kind, server.heads) == ("stopped", [])
 
 
@@ -194,7 +212,7 @@ def keeping(body, framing=ai_chunked):
 @pytest.mark.parametrize("recorded", ["openai", "without a space", "plain JSON"])
 def test_a_connection_serves_one_answer_after_another(ai_socket, recorded):
     server = ai_socket(keeping(RECORDED[recorded]))
-    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    provider = service(server.url)
     for _ in range(3):
         call = CancelScope(20)
         assert answer_of(provider, call) == ANSWER
@@ -212,7 +230,7 @@ def test_a_connection_whose_body_ends_after_the_answer_serves_the_next(ai_socket
         return True
 
     server = ai_socket(script)
-    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    provider = service(server.url)
     for _ in range(3):
         assert answer_of(provider, CancelScope(20)) == ANSWER
     assert (len(server.heads), len(server.peers)) == (3, 1)
@@ -224,7 +242,7 @@ def test_stopping_a_call_does_not_cut_the_one_that_has_its_connection_now(ai_soc
         return keeping(RECORDED["openai"])(connection)
 
     server = ai_socket(keeping(RECORDED["plain JSON"]), late)
-    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    provider = service(server.url)
     first = CancelScope(20)
     chunks = provider.chat(QUESTION, first, 0.2)
     assert next(chunks)  # it was read to its end, but its reader is not through
@@ -239,13 +257,14 @@ def test_stopping_a_call_does_not_cut_the_one_that_has_its_connection_now(ai_soc
 def test_an_answer_is_complete_though_the_connection_stays_open(ai_socket):
     server = ai_socket(silent(OK + b"\r\n" + sse(delta("一", "stop"), end="")))
     began = time.monotonic()
-    assert ask_socket(server.url, 10, interval=0) == ["一"]
+    quick = replace(FAST, grace=0.1)
+    assert ask_socket(server.url, 10, interval=0, timing=quick) == ["一"]
     assert time.monotonic() - began < 2
 
 
 def test_threads_without_end_do_not_pile_up(ai_socket):
     server = ai_socket(keeping(RECORDED["openai"]))
-    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    provider = service(server.url)
     before = threading.active_count()
     for _ in range(20):
         answer_of(provider, CancelScope(600))
@@ -361,7 +380,7 @@ def test_tls_is_read_and_stopped_and_ended_like_any_other(ai_socket, tls):
         silent(b""),
         context=tls,
     )
-    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    provider = service(server.url)
     for _ in range(2):
         assert answer_of(provider, CancelScope(20)) == ANSWER
     assert len(server.peers) == 1
@@ -418,7 +437,7 @@ def test_a_stream_is_read_at_the_pace_of_its_updates(
         "imbot.ai.stream.read_arrived",
         lambda *given: reads.append(1) or read_arrived(*given),
     )
-    texts = ask_socket(server.url, interval=0.25)
+    texts = ask_socket(server.url, interval=0.25, timing=NORMAL)
     assert texts[-1] == "".join(words)
     assert all(texts[-1].startswith(text) for text in texts)
     assert 2 <= len(texts) <= 6
@@ -439,22 +458,22 @@ def test_what_has_come_does_not_wait_for_what_comes_next(ai_socket, request, sec
     context = request.getfixturevalue("tls") if secure else None
     pieces = [sse(delta("a"), end=""), sse(delta("b"))]
     server = ai_socket(speaking(pieces, "chunked", 4.0), context=context)
-    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    provider = service(server.url)
     began = time.monotonic()
     assert next(provider.chat(QUESTION, CancelScope(20), 0.2)) == "a"
     assert time.monotonic() - began < 1
 
 
 @pytest.mark.parametrize("place", ["read_arrived", "a rest"])
-def test_a_stop_ends_a_stream_while_it_rests_too(ai_socket, monkeypatch, place):
-    rest = 30.0 if place == "a rest" else 0.0
-    monkeypatch.setattr("imbot.ai.stream.READ_EVERY", rest)
+def test_a_stop_ends_a_stream_while_it_rests_too(ai_socket, place):
+    timing = replace(FAST, read_every=30.0 if place == "a rest" else 0.0)
     script = silent(OK + b"\r\n" + sse(delta("a"), end=""))
     scope, texts = CancelScope(20), []
     timer = threading.Timer(0.3, scope.cancel)
     timer.start()
     began = time.monotonic()
-    provider = Provider(PROVIDERS["openai"], AI_KEY, ai_socket(script).url)
+    url = ai_socket(script).url
+    provider = Provider(PROVIDERS["openai"], AI_KEY, url, timing=timing)
     with pytest.raises(ProviderError) as caught:
         texts.extend(provider.chat(QUESTION, scope, 0.1))
     timer.join()
@@ -480,7 +499,7 @@ def test_an_answer_is_read_though_it_was_compressed(
         return True
 
     server = ai_socket(script)
-    provider = Provider(PROVIDERS["openai"], AI_KEY, server.url)
+    provider = service(server.url)
     for _ in range(2):
         assert [*provider.chat(QUESTION, CancelScope(20), interval)][-1] == ANSWER
     assert (len(server.heads), len(server.peers)) == (2, 1)

@@ -278,3 +278,12 @@ def test_a_type_that_no_text_can_become_stops_the_start():
 def test_the_password_of_a_database_is_a_secret():
     url = "postgresql://bot:p%40ssword-9@db.example.com/bot"
     assert "p@ssword-9" in read(WHOLE | PROXY | {"DATABASE_URL": url}).secrets()
+
+
+def test_a_misspelt_setting_of_a_fork_is_named_in_the_log_of_the_start(
+    make_app, monkeypatch, caplog
+):
+    monkeypatch.setattr("simulator.fixtures.Settings", Forked)
+    monkeypatch.setenv("OPEN_FORM", "9")
+    make_app()
+    assert "OPEN_FORM is not a setting: do you mean OPEN_FROM?" in caplog.messages

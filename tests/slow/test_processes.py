@@ -13,17 +13,20 @@ import subprocess
 import threading
 import time
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
 import requests
-from conftest import STORY, Caller, idle, poll, said_to
+from conftest import FAST, STORY, Caller, idle, poll, said_to
 
-import botserver
 from benchmark.load import Kept
+from imbot.engine import DRAIN
 from imbot.texts import TEXTS
 from simulator import BotProcess, c2c_event, running
+
+pytestmark = pytest.mark.slow
 
 
 def test_answers_cut_by_a_crash_end_closed_and_true(tmp_path):
@@ -45,13 +48,13 @@ def test_answers_cut_by_a_crash_end_closed_and_true(tmp_path):
         bot.start()
         health = f"{bot.url}/healthz"
         poll(lambda: requests.get(health).json()["oldest"] == 0, 30)
-        assert all(message.closed for message in sim.delivered)
         by_robot = {m.robot: m for m in sim.delivered}  # the last of each
+        assert all(message.closed for message in by_robot.values())
         assert {m.text for m in by_robot.values()} == {STORY}
         assert len(sim.delivered) == 4
         broken = next(m for m in sim.delivered if m.text != STORY)
-        assert broken.robot == "@RBT#003"
-        assert broken.text.endswith("(The answer was cut. Here it is again.)")
+        assert broken.robot == "@RBT#003"  # Tencent closes its stream after 15 s
+        assert STORY.startswith(broken.text)
 
 
 def test_a_stop_reaches_an_answer_in_another_process(tmp_path):
@@ -69,7 +72,6 @@ def test_a_stop_reaches_an_answer_in_another_process(tmp_path):
         assert time.monotonic() - began < 5
 
 
-@pytest.mark.slow
 def test_two_processes_answer_each_message_once_and_in_order(tmp_path):
     """500 messages of 100 users, every callback delivered twice."""
     with running(WEB_CONCURRENCY=2) as (sim, bot):
@@ -151,7 +153,6 @@ def stand(url):
     return requests.get(f"{url}/healthz", timeout=5).json()
 
 
-@pytest.mark.slow
 def test_after_kill_9_all_is_answered_in_30_s_and_a_kept_answer_sent_again(
     sim, start_bot
 ):
@@ -211,9 +212,8 @@ def test_a_message_that_kills_its_process_three_times_is_given_up(
     assert sim.wait(2)[1].text.startswith("You said: harmless")
 
 
-@pytest.mark.slow
 def test_sigterm_finishes_what_it_can_and_leaves_the_rest_to_the_next(sim, start_bot):
-    """It takes what botserver.DRAIN says: the AI needs a minute for one answer."""
+    """It takes what DRAIN says: the AI needs a minute for one answer."""
     bot, seconds = start_bot(), {"long": 60, "short": 6}
     hurry = threading.Event()
 
@@ -229,7 +229,7 @@ def test_sigterm_finishes_what_it_can_and_leaves_the_rest_to_the_next(sim, start
     sim.say("lin", "@RBT#001", "next")
     began = time.monotonic()
     assert bot.stop(signal.SIGTERM) == 0
-    assert time.monotonic() - began < botserver.DRAIN + 4
+    assert time.monotonic() - began < DRAIN + 4
     assert said_to(sim, "lin") == ["short"] and not said_to(sim, "jared")
     assert sorted(questions(sim)) == ["long", "short"]
     assert "1 messages were left to others" in bot.log.read_text()
@@ -258,7 +258,6 @@ def test_as_the_first_process_of_a_container_it_ends_in_order(sim, start_bot):
     assert " 0 messages were left to others" in bot.log.read_text()
 
 
-@pytest.mark.slow
 def test_sighup_reloads_without_a_refused_callback(sim, start_bot):
     bot = start_bot(WEB_CONCURRENCY=2, MAX_WAITING=10**6)
     sim.users |= {f"user{n}" for n in range(4)}
@@ -291,7 +290,6 @@ def test_sighup_reloads_without_a_refused_callback(sim, start_bot):
         assert said_to(sim, f"user{user}") == [str(n) for n in range(asked[user])]
 
 
-@pytest.mark.slow
 def test_a_client_that_keeps_its_connections_loses_no_callback(sim, start_bot):
     """It rests for about as long as gunicorn by default keeps a connection, 2 s."""
     bot, taken = start_bot(WEB_CONCURRENCY=2), []
@@ -329,7 +327,6 @@ def memory(pid):
     return int(pages) * resource.getpagesize()
 
 
-@pytest.mark.slow
 def test_three_times_too_much_is_acknowledged_quickly_and_worked_off_in_order(
     sim, start_bot
 ):
@@ -394,11 +391,19 @@ def full(path, bot):
 
 @pytest.mark.parametrize("broken", [locked, read_only, full])
 def test_a_store_that_fails_costs_nothing_but_time(
-    sim, make_app, tmp_path, caplog, monkeypatch, broken
+    sim, make_app, tmp_path, caplog, broken
 ):
-    monkeypatch.setattr(botserver, "SAVE_PATIENCE", 1)
-    app, path = make_app(), tmp_path / "bot.db"
+    app, path = make_app(replace(FAST, save_patience=0.5)), tmp_path / "bot.db"
     im, bot = Caller(sim, app.test_client()), app.extensions["bot"]
+    handle, ended = bot.workers.handle, threading.Event()
+
+    def noted(job):
+        try:
+            handle(job)
+        finally:
+            ended.set()
+
+    bot.workers.handle = noted
     sim.ai_delay = 0.5
     im.say("before")
     poll(lambda: sim.ai_requests)
@@ -407,7 +412,7 @@ def test_a_store_that_fails_costs_nothing_but_time(
         assert answer.status_code == 503 and answer.get_json()["ActionStatus"] == "FAIL"
         poll(lambda: "cannot be written" in caplog.text)
         assert im.say("during").status_code == 503
-        poll(lambda: not bot.workers._in_flight)
+        assert ended.wait(20)
     poll(lambda: im.say("after").status_code == 200)
     let_claims_lapse(path)
     # What was refused is found in Tencent's history.
@@ -418,7 +423,6 @@ def test_a_store_that_fails_costs_nothing_but_time(
     assert "Traceback" not in caplog.text
 
 
-@pytest.mark.slow
 def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_path):
     """At DEBUG, gunicorn too, through successes and failures of every kind."""
     sim.token, sim.ai_key = "the-token-of-callbacks", "the-key-of-the-ai"
@@ -495,7 +499,6 @@ def test_secrets_and_texts_are_in_nothing_that_is_printed(sim, start_bot, tmp_pa
     assert not re.search(r"eJ[\w*-]{60}", printed)  # a UserSig of any second
 
 
-@pytest.mark.slow
 def test_a_server_that_is_killed_for_good_is_replaced_by_another(
     sim, tmp_path, postgres_server
 ):
