@@ -120,15 +120,10 @@ class Store:
     def _check_owner(self, execute: Execute) -> None:
         """Note whose the database is at its first start, or raise StoreError if it is
         another app's."""
-        if not self.app:
-            return
-        values = {"app": str(self.app)}
-        [(owner,)] = execute("owner", values) or execute("own", values)
-        if owner != values["app"]:
-            raise StoreError(
-                f"it belongs to the app with IM_SDKAPPID {owner}, and this server's is "
-                f"{self.app}: give each app a database of its own"
-            )
+        if self.app:
+            values = {"app": str(self.app)}
+            [(owner,)] = execute("owner", values) or execute("own", values)
+            check_owner(int(owner), self.app)
 
     def _run(self, step: Step, /, **values: Any) -> Any:
         """Run a step for a callback, for maintenance or for an operator."""
@@ -402,6 +397,15 @@ class Store:
         """Return the app whose database it is, None if that was never noted."""
         rows = self._select("owner")
         return int(rows[0][0]) if rows else None
+
+
+def check_owner(owner: int | None, app: int) -> None:
+    """Raise StoreError if a database belongs to another app."""
+    if owner not in (None, app):
+        raise StoreError(
+            f"it belongs to the app with IM_SDKAPPID {owner}, and this server's is "
+            f"{app}: give each app a database of its own"
+        )
 
 
 def storable(text: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from conftest import HERE
@@ -113,3 +114,15 @@ def waiting(store):
 
 def opened(url, **waits):
     return open_store(url, fast(**waits))
+
+
+@contextmanager
+def full_disk(path):
+    """Let no file grow beyond what the WAL has now."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = path.with_name(f"{path.name}-wal").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shutil
 import sqlite3
 import threading
@@ -18,6 +17,7 @@ from stores import (
     NEW,
     answer,
     fail,
+    full_disk,
     opened,
     put,
     query,
@@ -54,18 +54,6 @@ def locked(path, how="EXCLUSIVE"):
         other.execute(f"BEGIN {how}")
         yield
         other.execute("ROLLBACK")
-
-
-@contextmanager
-def full_disk(path):
-    """Let no file grow beyond what the WAL has now."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = path.with_name(f"{path.name}-wal").stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @contextmanager

@@ -773,6 +773,17 @@ def test_a_store_goes_on_after_a_step_that_failed(store, url):
     put(store, "2")
 
 
+def test_a_claim_that_failed_half_way_does_not_wait_for_its_lease(store, url):
+    put(store, "1")
+    query(url, "ALTER TABLE kept RENAME TO away")
+    for _ in range(5):
+        with pytest.raises(StoreError):
+            store.claim()
+    query(url, "ALTER TABLE away RENAME TO kept")
+    claim = store.claim()
+    assert claim.id == "1" and not claim.exhausted
+
+
 class Watched(SQLiteStore):
     """A store whose writes a test may hold up or let fail."""
 
