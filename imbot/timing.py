@@ -65,6 +65,7 @@ class Timing:
     others_outage: float = 1.5  # the same for another server, which ours may replace
     away: float = 600.0  # after which a silent server is not expected back
     look_up: float = 10.0  # for one conversation; then it is answered without
+    look_up_every: float = 0.05  # between two calls; Tencent allows an app 200 a second
     rest: float = 30.0  # without look-ups after several failures in a row
 
     @property
