@@ -98,7 +98,7 @@ class Bot(Engine):
         if message.user.upper().startswith("@RBT#"):
             return  # two robots would answer each other for ever
         if is_stop(message):
-            return None if was_missed else self.stop(message)
+            return self.stop(message, was_missed)
         self.enqueue(message, was_missed)
 
     def answer(self, chat: Chat, delivery: Delivery) -> None:

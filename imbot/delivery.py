@@ -167,7 +167,7 @@ class Delivery:
         self._asked = time.monotonic()
         if answer.element:
             self.reply.close_with(answer.element)
-        elif answer.shown or self.reply.unlocks:
+        elif answer.shown or self.reply.must_unlock:
             self.reply.close(answer.shown, failed=bool(answer.note and not answer.text))
 
     def finish(self, answer: Answer) -> None:
@@ -195,8 +195,6 @@ class Delivery:
             return False
         delay = min(timing.longest_retry, max(timing.first_delay, failing))
         logger.warning("%s; trying again in %.0f s: %s", claim.id, delay, error)
-        if error.may_have_arrived:
-            progress.unconfirmed = progress.unconfirmed or now
         self._save_progress()
         workers = self.outbox.workers
         workers.when_store_works(self.outbox.store.release, claim, delay)
@@ -204,10 +202,7 @@ class Delivery:
 
     def settle(self) -> None:
         """Treat an unconfirmed part as sent once Tencent no longer drops duplicates."""
-        timing, group = self.outbox.timing, self.chat.message.group
-        known = timing.duplicate_window_group if group else timing.duplicate_window
-        age = time.time() - (self.progress.unconfirmed or time.time())
-        if age > known:
+        if self.progress.unconfirmed and time.time() > self.reply.known_until():
             logger.warning("%s counts as sent, unconfirmed", self.job.claim.id)
             self.reply.assume_sent()
 

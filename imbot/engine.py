@@ -39,6 +39,7 @@ from .timing import NORMAL, Timing
 from .web import refuse, set_up_logging
 
 DRAIN = 20.0  # seconds to finish answers at shutdown
+PHONES = ("ios", "android")  # of a callback's OptPlatform
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Engine:
         shared = settings, store, self.workers, self.im
         self.outbox = Outbox(*shared, self.texts, timing)
         self.missed: Missed | NothingMissed = NothingMissed()
+        self._advised = False  # see _advise
         if settings.catch_up:
             accept = partial(self.accept, was_missed=True)
             self.missed = Missed(*shared, accept, self.nicks, timing)
@@ -134,17 +136,27 @@ class Engine:
     def enqueue(self, message: Message, was_missed: bool = False) -> None:
         """Put a message into the queue, or tell the chat which limit it hit.
 
-        Nobody is told about a message that was found by the look-up (`was_missed`).
         Raises StoreError, so that Tencent gets a 503.
         """
         if not was_missed and self.workers.backlog >= self.settings.max_backlog:
             raise StoreError("too many messages wait (MAX_BACKLOG)")
-        chat = self.conversation(message)
-        refused = "not_allowed"
-        if self.may_ask(message):
-            refused = self._add(message, chat)
-        if refused and not was_missed:
-            self.outbox.tell(message, chat, refused)
+        self._advise(message)
+        if message.kind == "blank":
+            self.unlock(message)
+        elif not self.may_ask(message):
+            self.refuse(message, "not_allowed")
+        elif limit := self._add(message, self.conversation(message)):
+            self.refuse(message, limit)
+
+    def refuse(self, message: Message, why: str) -> None:
+        """Tell the chat why, unless it was told a moment ago."""
+        if not self.outbox.tell(message, self.conversation(message), why):
+            self.unlock(message)
+
+    def unlock(self, message: Message) -> None:
+        """Answer with an empty message if TUIKit's input would stay locked."""
+        if not message.group and self._reply_mode(message).unlocks:
+            self.outbox.say(message, self.conversation(message), message.id, "")
 
     def _add(self, message: Message, chat: str) -> str:
         """Add a message to the store; return the limit it hit, or ""."""
@@ -165,10 +177,12 @@ class Engine:
         known_user = not users or message.user in users
         return known_user and (not groups or message.group in ("", *groups))
 
-    def stop(self, message: Message) -> None:
+    def stop(self, message: Message, was_missed: bool = False) -> None:
         """Stop the answer in progress in a chat, and what waits behind it."""
         if not self.may_ask(message):
-            return self.enqueue(message)  # which tells the user so
+            return self.refuse(message, "not_allowed")
+        if was_missed:
+            return self.unlock(message)  # that answer ended long ago
         chat = self.conversation(message)
         by_button = message.kind == "stop"  # whoever pressed it sees that it worked
         text = "" if by_button else self.texts["stop"]
@@ -206,4 +220,24 @@ class Engine:
         """Return how this client is shown answers."""
         persona, settings = self.settings.persona(message.robot), self.settings
         mode = persona.reply_mode or settings.reply_mode
+        if is_on_phone(message):
+            mode = persona.reply_mode_mobile or settings.reply_mode_mobile or mode
         return self.replies[mode]
+
+    def _advise(self, message: Message) -> None:
+        """Log once what to set if phones' TUIKit would stay locked."""
+        if self._advised or not is_on_phone(message):
+            return
+        self._advised = True
+        if not self._reply_mode(message).unlocks:
+            logger.info(
+                "a user writes from %s: if that app uses TUIKit, set "
+                "REPLY_MODE_MOBILE=card or custom, or its input stays locked after "
+                "the first question",
+                message.platform,
+            )
+
+
+def is_on_phone(message: Message) -> bool:
+    """Return whether a message comes from a phone, and from no group's member."""
+    return not message.group and message.platform.lower() in PHONES

@@ -31,12 +31,24 @@ class GrowingReply(PlainReply):
     def open(self) -> None:
         if self.progress.key is None and not self.progress.plain:
             with self._or_plain():
-                self.progress.sending = OPENING
-                self.progress.key = self.begin()
-                self._note_sent(0)
+                self._open()
 
-    def begin(self) -> Any:
-        """Send the initial message and return the key for editing it."""
+    def _open(self) -> None:
+        progress, began = self.progress, time.time()
+        progress.sending = OPENING
+        try:
+            progress.key = self.begin(self.known_until())
+        except IMError as error:
+            if error.may_have_arrived:
+                progress.unconfirmed = progress.unconfirmed or began
+            raise
+        self._note_sent(0)
+
+    def begin(self, until: float) -> Any:
+        """Send the initial message and return the key for editing it.
+
+        See Client.call for `until`.
+        """
         raise NotImplementedError
 
     def grows(self) -> bool:
@@ -69,10 +81,10 @@ class EditedReply(GrowingReply):
     update_interval = 1.0
     _shown = ""  # the text so far, as the message shows it
 
-    def begin(self) -> Any:
+    def begin(self, until: float) -> Any:
         # After a crash the same bytes are sent, and Tencent returns the same key.
         element = self.element("", finished=False)
-        answer = self.client.send(self.message, element, 0, mention=True)
+        answer = self.client.send(self.message, element, 0, True, until)
         return answer["MsgSeq" if self.message.group else "MsgKey"]
 
     def update(self, text: str) -> None:
@@ -88,12 +100,13 @@ class EditedReply(GrowingReply):
                 self._shown = before
 
     def close(self, text: str, failed: bool = False) -> None:
-        parts = self._split(text)
-        if not self.progress.sent:
-            if self._finish(parts[0], failed):
-                self.progress.confirm(1)
-            else:
-                self._finish(self._below(self.texts["replaced"]))
+        progress, parts = self.progress, self._split(text)
+        if not progress.sent and self.grows() and self._finish(parts[0], failed):
+            progress.confirm(1)
+        if not progress.sent and not progress.ended:
+            # It shows a part of the answer, which is sent again as a whole.
+            self._finish(self._below(self.texts["replaced"]))
+            progress.ended = True
         self._send_parts(parts, failed)
 
     def close_with(self, element: Json) -> None:
@@ -103,8 +116,9 @@ class EditedReply(GrowingReply):
 
     def give_up(self, text: str) -> None:
         # A part of the answer that is shown stays.
-        told = self._below(self._mention + text)
-        if self.progress.sent or not self._finish(told, not self._shown):
+        told = self._below(text) if self._shown else self._mention + text
+        done = self.progress.sent or self.progress.ended
+        if done or not self._finish(told, not self._shown):
             super().give_up(text)
 
     def _split(self, text: str) -> list[str]:
@@ -154,7 +168,7 @@ class GrowingCardReply(CardReply, EditedReply):
     def close_with(self, element: Json) -> None:
         opened = self.grows()
         EditedReply.close_with(self, element)
-        if not opened and not self.message.group:
+        if not opened and self.must_unlock:
             self.client.send(self.message, card(""), 2)
 
     def element(self, text: str, finished: bool, failed: bool = False) -> Json:
@@ -179,21 +193,21 @@ class StreamReply(GrowingReply):
         self._said = self.progress.said  # and confirmed by Tencent
         self._index = self.progress.index
         self._pending = self.progress.pending  # sent, but not confirmed
-        self._taken_at = 0.0  # when Tencent last took a chunk, Unix seconds
 
     def open(self) -> None:
         super().open()
         if self._index == 0:  # another process opened it
             self.progress.plain = True
 
-    def begin(self) -> Any:
-        return self._push("", pauses=None)["StreamMsgID"]
+    def begin(self, until: float) -> Any:
+        return self._push("", pauses=None, until=until)["StreamMsgID"]
 
     def update(self, text: str) -> None:
-        text = self._split(text)[0]
         with self._lock:
-            if text != self._said and text.startswith(self._said):
-                self._add(text.removeprefix(self._said))
+            first, *rest = self._split(text)
+            # What the stream cannot hold is shown when the answer is complete.
+            if not rest and first != self._said and first.startswith(self._said):
+                self._add(first.removeprefix(self._said))
 
     def keep_alive(self) -> None:
         if self._lock.acquire(blocking=False):  # else a chunk is on its way
@@ -226,22 +240,29 @@ class StreamReply(GrowingReply):
     def give_up(self, text: str) -> None:
         with self._lock:
             self.keep_alive_after = math.inf
-            if not self._end(f"\n\n{text}"):
+            if not self._end(f"\n\n{text}" if self._said else self._mention + text):
                 super().give_up(text)
 
     def _split(self, text: str) -> list[str]:
         """Return what the stream shows, then the messages that follow it."""
-        first, *rest = split(self._mention + text, self.limit)
+        text, said = self._mention + text, self._said + (self._pending or "")
+        at_least = len(said) if text.startswith(said) else 0
+        first, *rest = split(text, self.limit, at_least)
         return [first, *(split("".join(rest), PART_BYTES) if rest else ())]
 
     def _end(self, text: str) -> bool:
         """Close the stream with a text, if this process may; return whether it has."""
-        if self.progress.key is None or not self._index or self.progress.sent:
+        progress = self.progress
+        if not self._index or progress.key is None or progress.sent or progress.ended:
             return False
+        progress.ended = True
         try:
-            self._push(text, last=True)
+            if self._pending is not None:
+                self._push(self._pending, pauses=None)
+            self._push(text, last=True, pauses=None)
         except IMError as error:
             if error.retry:
+                progress.ended = False
                 raise
             return False
         return True
@@ -266,8 +287,8 @@ class StreamReply(GrowingReply):
         earlier try of the last chunk succeeded. In doubt its text is sent again: twice
         is better than never.
         """
+        progress = self.progress
         fits = text.startswith(self._said + (self._pending or ""))
-        taken_at = self.progress.unconfirmed or self._taken_at
         try:
             if self._pending is not None:
                 self._push(self._pending, pauses=None)
@@ -275,25 +296,30 @@ class StreamReply(GrowingReply):
             rest = text.removeprefix(self._said) if fits else replaced
             self._push(rest, last=True, pauses=None)
         except IMError as error:
-            unconfirmed = error.may_have_arrived or self.progress.unconfirmed
-            fresh = 0 <= time.time() - taken_at < SILENCE
+            progress.closing = progress.closing or error.may_have_arrived
+            fresh = 0 <= time.time() - progress.taken < SILENCE
             closed = not error.retry and error.code not in MEANING
-            if not (closed and fresh and unconfirmed):
+            if not (closed and fresh and progress.closing):
                 raise
         if fits:
-            self.progress.confirm(1)
+            progress.confirm(1)
         else:
-            self.progress.plain, self._said = True, ""
+            progress.plain, progress.ended, self._said = True, True, ""
 
     def _push(
-        self, text: str, last: bool = False, pauses: Sequence[float] | None = ()
+        self,
+        text: str,
+        last: bool = False,
+        pauses: Sequence[float] | None = (),
+        until: float = math.inf,
     ) -> Json:
         """Send a chunk and return Tencent's answer.
 
         https://cloud.tencent.com/document/product/269/128596 (one-to-one)
         https://cloud.tencent.com/document/product/269/128597 (group)
         """
-        if self._pending is None:
+        again = self._pending is not None
+        if not again:
             self._index += 1
         self._pending, self.last_sent = text, time.monotonic()
         chunk: Json = {"EventType": "data", "Index": self._index}
@@ -305,7 +331,14 @@ class StreamReply(GrowingReply):
         element = {"MsgType": "TIMStreamElem", "MsgContent": content}
         body = message_body(self.message, element, 0)
         kind = "group" if self.message.group else "c2c"
-        answer = self.client.call(f"stream_msg/send_{kind}_stream_msg", body, pauses)
+        command = f"stream_msg/send_{kind}_stream_msg"
+        try:
+            answer = self.client.call(command, body, pauses, until=until)
+        except IMError as error:
+            if not (again or error.may_have_arrived):  # another text may have its Index
+                self._index, self._pending = self._index - 1, None
+            raise
         self._said, self._pending = self._said + text, None
-        self._taken_at = time.time()
+        if self._index > 1:  # an opening may be the repetition of an old one
+            self.progress.taken = time.time()
         return answer

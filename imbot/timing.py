@@ -56,15 +56,16 @@ class Timing:
     watch: float = 5.0  # for `flask say` to see whether its text was sent
 
     # Tencent drops a duplicate for 120 s (one-to-one) or 300 s (groups). We stop
-    # relying on it earlier, by the longest time that two calls with all retries take.
-    duplicate_window: float = 50.0
-    duplicate_window_group: float = 230.0
+    # relying on it earlier, by twice the longest time that one try takes.
+    duplicate_window: float = 100.0
+    duplicate_window_group: float = 280.0
 
     # Messages whose callbacks failed.
     outage: float = 5.0  # without a heartbeat of its own, after which a server was down
     others_outage: float = 1.5  # the same for another server, which ours may replace
     away: float = 600.0  # after which a silent server is not expected back
     look_up: float = 10.0  # for one conversation; then it is answered without
+    look_up_every: float = 0.05  # between two calls; Tencent allows an app 200 a second
     rest: float = 30.0  # without look-ups after several failures in a row
 
     @property

@@ -45,6 +45,7 @@ FAST = Timing(
     save_patience=3.0,
     duplicate_window=10.0,
     duplicate_window_group=10.0,
+    look_up_every=0.002,
 )
 
 

@@ -39,7 +39,7 @@ class Added(StrEnum):
     NEW = "new"
     KNOWN = "known"  # the id was added before
     QUEUE_FULL = "queue_full"  # `room` messages of the conversation are open
-    RATE_LIMITED = "rate_limited"  # the asker added `rate` in the last minute
+    RATE_LIMITED = "rate_limited"  # the asker sent `rate` in the minute before
 
 
 # The state of a message is `open`, `done` (remembered), `gone` (only its id is left) or
@@ -79,7 +79,7 @@ CREATE TABLE IF NOT EXISTS kept (
 CREATE INDEX IF NOT EXISTS conversation_due ON conversation (due);
 CREATE INDEX IF NOT EXISTS message_of ON message (conversation, state, sent, seq);
 CREATE INDEX IF NOT EXISTS message_failed ON message (seq) WHERE state = 'failed';
-CREATE INDEX IF NOT EXISTS message_asked ON message (asker, accepted)
+CREATE INDEX IF NOT EXISTS message_asked ON message (asker, sent)
     WHERE asker IS NOT NULL;
 CREATE TABLE IF NOT EXISTS about (
     name TEXT PRIMARY KEY,
@@ -102,13 +102,14 @@ SQL = {
         VALUES (:conversation, 1, {now})
         ON CONFLICT (name) DO UPDATE SET open = conversation.open + 1
         RETURNING open""",
-    # Keep a message, unless it is known or a limit is reached.
+    # Keep a message, unless it is known or a limit is reached. Messages of one second
+    # come in any order.
     "insert": """INSERT INTO message
             (id, conversation, asker, data, reply, remember, sent, accepted, version)
         SELECT :id, :conversation, nullif(:asker, ''), :data, :reply,
             :remember, :sent, {now}, :version
         WHERE :open <= :room AND :rate > (SELECT count(*) FROM message
-            WHERE asker = :asker AND accepted BETWEEN {now} - :minute AND {now})
+            WHERE asker = :asker AND sent BETWEEN :sent - :minute AND :sent + 1)
         ON CONFLICT (id) DO NOTHING RETURNING 1""",
     # Count a message out that was not kept.
     "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",

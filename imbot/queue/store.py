@@ -156,7 +156,7 @@ class Store:
         """Keep a message on disk, once however often it is delivered.
 
         It is refused if `room` messages of the conversation are open, or if `asker`,
-        unless empty, added `rate` in the last minute. With a `reply` there is nothing
+        unless empty, sent `rate` in the minute before. With a `reply` there is nothing
         to ask, and it is in the history only if `remember` says so. Messages of a
         conversation are ordered by when they were `sent`, Unix seconds, then by when
         they were added.

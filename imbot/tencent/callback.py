@@ -65,8 +65,8 @@ class Message:
     images: tuple[str, ...] = ()  # URLs
     # "question", or: "greeting" (a bare mention), "mention" (a question that still
     # holds the mention: see Nicks.settle), "stop" (a button), "recalled" (its id is the
-    # recall_id of the question), "unsupported" (a voice, a file), "said" (by the robot
-    # unasked)
+    # recall_id of the question), "unsupported" (a voice, a file), "blank" (nothing that
+    # could be answered), "said" (by the robot unasked)
     kind: str = "question"
     sent: float = 0.0  # Unix seconds, by Tencent's clock; within a second by MsgSeq
     seq: int = 0  # its MsgSeq: the answer's is higher, so clients sort it below
@@ -128,11 +128,18 @@ def parse(
             return _recalled_in_group(event)
         case _:
             return []
-    return [
-        replace(message, platform=platform)
-        for message in messages
-        if message.kind != "question" or message.text or message.images or message.quote
-    ]
+    found = [replace(m, platform=platform, kind=_kind(m, event)) for m in messages]
+    return [message for message in found if message.kind]
+
+
+def _kind(message: Message, event: Json) -> str:
+    """Return the kind of a message, "" if it is nothing for a robot.
+
+    One-to-one a blank message counts: TUIKit's input waits for an answer to it, too.
+    """
+    if message.kind != "question" or message.text or message.images or message.quote:
+        return message.kind if message.kind != "signal" else ""
+    return "" if message.group or event.get("OnlineOnlyFlag") else "blank"
 
 
 def read_mention(
@@ -269,6 +276,8 @@ def read_body(body: Any) -> tuple[str, tuple[str, ...], str, str]:
                 match _inner(content.get("Data")):  # others are programs' signals
                     case {"chatbotPlugin": 2, "src": 22}:  # TUIKit's stop button
                         kind = "stop"
+                    case {"businessID": "user_typing_status"}:
+                        kind = "signal"
             case {"MsgType": str(name), "MsgContent": dict()} if name != "TIMTextElem":
                 kind = "unsupported" if kind == "question" else kind
             case _:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 import time
@@ -117,22 +118,23 @@ class Client:
         element: Json,
         part: int,
         mention: bool = False,
+        until: float = math.inf,
     ) -> Json:
         """Send one element as the robot of `message` and return Tencent's answer.
 
-        A group message may mention the asker. Raises IMError.
+        A group message may mention the asker. See `call` for `until`. Raises IMError.
         https://www.tencentcloud.com/document/product/1047/34919 (one-to-one)
         https://www.tencentcloud.com/document/product/1047/34959 (group)
         """
         body = message_body(message, element, part)
         body["ForbidCallbackControl"] = NO_CALLBACKS
         if not message.group:
-            return self.call("openim/sendmsg", body)
+            return self.call("openim/sendmsg", body, until=until)
         body["Random"] = body.pop("MsgRandom")
         if mention and message.user:
             asker = {"GroupAtAllFlag": 0, "GroupAt_Account": message.user}
             body["GroupAtInfo"] = [asker]
-        return self.call("group_open_http_svc/send_group_msg", body)
+        return self.call("group_open_http_svc/send_group_msg", body, until=until)
 
     def robots(self) -> list[str]:
         """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
@@ -161,11 +163,13 @@ class Client:
         body: Json,
         pauses: Sequence[float] | None = None,
         timeout: float | None = None,
+        until: float = math.inf,
     ) -> Json:
         """Make a REST call and return Tencent's answer. Raises IMError.
 
         If a retry may help, there is one after each of `pauses`; each try ends after
-        `timeout`. Both are in seconds.
+        `timeout`. Both are in seconds. What may have arrived is not sent again after
+        `until`, Unix seconds: this machine may have stood still meanwhile.
         https://www.tencentcloud.com/document/product/1047/34620
         """
         data = json.dumps(body, ensure_ascii=False).encode()
@@ -181,6 +185,8 @@ class Client:
                 elif error.retry and waits:
                     time.sleep(waits.pop(0) * random.uniform(0.75, 1.25))
                 else:
+                    raise
+                if arrived and time.time() > until:
                     raise
 
     def _post(self, command: str, data: bytes, seconds: float) -> Json:
