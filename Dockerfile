@@ -1,4 +1,4 @@
-FROM python:3.13-slim
+FROM python:3.11-slim
 RUN useradd --system botserver && install -d -o botserver -m 700 /data
 WORKDIR /app
 COPY requirements.txt .

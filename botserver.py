@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from flask import Flask, request
@@ -132,7 +133,9 @@ class Bot(Engine):
     def ask(self, chat: Chat) -> Iterator[str]:
         """Ask the AI service; yield the text so far, the last one is the answer."""
         provider, default = self.provider(chat), self.settings.ai_system_prompt
-        prompt = build_prompt(chat, default, provider.service)
+        prompt = build_prompt(
+            chat, default, provider.service, partial(self.talk, chat.message)
+        )
         how = chat.scope, chat.update_interval, chat.memory
         try:
             yield from provider.chat(prompt, *how)

@@ -4,3 +4,8 @@ tencent/ reads callbacks and calls the REST API, queue/ keeps messages until the
 answered, ai/ asks the AI. prompt, delivery, replies and growing lie between them, in
 the order of a message. Nothing here imports a file of the top folder.
 """
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"The bot needs Python 3.11 or newer; this is {sys.version.split()[0]}.")

@@ -11,14 +11,17 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from flask import Flask, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.serving import is_running_from_reloader
 
 from .ai import Provider, Service
 from .chat import Chat
 from .delivery import Delivery, Outbox
+from .group_context import context
 from .http import CancelScope
 from .missed import Missed, NothingMissed
 from .queue import (
@@ -40,6 +43,11 @@ from .web import refuse, set_up_logging
 
 DRAIN = 20.0  # seconds to finish answers at shutdown
 PHONES = ("ios", "android")  # of a callback's OptPlatform
+FOLDER = Path(__file__).parent.parent
+NO_CONF = (
+    "gunicorn.conf.py was not read, so threads and timeouts are gunicorn's own: start "
+    "gunicorn in %s, or add --config %s/gunicorn.conf.py"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +86,14 @@ class Engine:
         try:
             settings = settings or cls.read_settings()
             url, app = settings.database_url, settings.im_sdkappid
-            return cls(settings, open_store(url, timing, app), timing)
+            store = open_store(url, timing, app, settings.database_wait)
+            return cls(settings, store, timing)
         except (SettingsError, StoreError) as error:
             at = "DATABASE_URL: {}." if isinstance(error, StoreError) else "{}"
             print(at.format(error), file=sys.stderr)
-            sys.exit(3)  # gunicorn does not restart a worker that exits with 3
+            # gunicorn does not restart a worker that exits with 3; flask's reloader
+            # would restart it at once, for ever.
+            sys.exit(1 if is_running_from_reloader() else 3)
 
     @classmethod
     def read_settings(cls) -> Settings:
@@ -107,6 +118,9 @@ class Engine:
         set_up_logging(settings.log_level, settings.secrets())
         for line in misspelt(os.environ, settings.ai_secret_keys, type(settings)):
             logger.warning(line)
+        under_gunicorn = "gunicorn" in os.environ.get("SERVER_SOFTWARE", "")
+        if under_gunicorn and "GUNICORN_CONF_READ" not in os.environ:
+            logger.warning(NO_CONF, FOLDER, FOLDER)
         self.workers.start()
         atexit.register(self.close)
         store, _, _ = settings.database_url.partition(":")
@@ -192,6 +206,11 @@ class Engine:
     def conversation(self, message: Message) -> str:
         """Return the key of a message's conversation."""
         return message.conversation(self.settings.group_memory == "member")
+
+    def talk(self, message: Message, after: int) -> str:
+        """Return what the group wrote before a mention (GROUP_CONTEXT)."""
+        nick = self.nicks.get(message.robot) or ""
+        return context(self.im, message, self.settings.group_context, nick, after)
 
     def provider(self, chat: Chat) -> Provider:
         """Return the AI service of the robot that was addressed."""

@@ -20,11 +20,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import requests
+from dotenv import find_dotenv, load_dotenv
 
 from imbot.settings import robots_file
 from providers import PROVIDERS
 
-from .ai import actor
+from .ai import AI_KEY, actor
 from .bot import ROOT, bot_settings, interrupt_on_signals, running
 from .botlog import warnings_told
 from .page import PACE
@@ -129,8 +130,11 @@ def demo_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what the bot gets: the environment but for what we set, and defaults."""
     chinese = environment.get("LANG", "").startswith("zh")
     settings = {"REPLY_MODE": "custom", "BOT_LANGUAGE": "zh" if chinese else "en"}
+    ours: tuple[str, ...] = ("IM_",)
+    if environment.get("AI_SECRET_KEY") == AI_KEY:  # .env is for a bot elsewhere
+        ours = ("IM_", "AI_")
     for name, value in environment.items():
-        if value and name not in OURS and not name.startswith("IM_"):
+        if value and name not in OURS and not name.startswith(ours):
             settings[name] = value
     other = "openai-compatible" if "AI_BASE_URL" in settings else "minimax"
     settings.setdefault("AI_PROVIDER", other)
@@ -209,6 +213,7 @@ def main() -> None:
     if options.port not in (None, *range(1, 65536)):
         parser.error("--port must be a number from 1 to 65535")
     interrupt_on_signals()
+    load_dotenv(find_dotenv(usecwd=True))
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     settings, port = demo_settings(os.environ), options.port or 0
     texts = TEXTS["zh" if settings["BOT_LANGUAGE"] == "zh" else "en"]

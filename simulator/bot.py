@@ -58,6 +58,7 @@ class BotProcess:
         self.env = dict(needed if environment is None else environment)
         self.env["PATH"] = f"{Path(sys.executable).parent}:{self.env.get('PATH', '')}"
         self.env |= bot_settings(simulator)
+        self.env["PYTHON_DOTENV_DISABLED"] = "1"  # a developer's .env is not meant
         self.env["DATABASE_URL"] = f"sqlite:///{folder}/bot.db"
         more = os.environ.get("GUNICORN_CMD_ARGS", "")  # as another class of workers
         self.env["GUNICORN_CMD_ARGS"] = f"--bind 127.0.0.1:{self.port} {more}"

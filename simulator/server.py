@@ -101,7 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Return whether no other web page sends this: by its form, or by its DNS."""
         host = self.headers.get("Host", "")
         ours = host.split(":")[0] in ("127.0.0.1", "localhost")
-        return ours and self.headers.get("Origin", f"http://{host}") == f"http://{host}"
+        # A container that is worked in elsewhere; no web page can send this header.
+        elsewhere = f"https://{self.headers.get('X-Forwarded-Host')}"
+        pages = f"http://{host}", elsewhere
+        return ours and self.headers.get("Origin", pages[0]) in pages
 
     def _im(
         self, simulator: StandIn, command: str, query: dict[str, str], body: bytes

@@ -24,9 +24,11 @@ __all__ = [
 ]
 
 
-def open_store(url: str, timing: Timing = NORMAL, app: int = 0) -> Store:
+def open_store(
+    url: str, timing: Timing = NORMAL, app: int = 0, wait: bool = False
+) -> Store:
     """Open the store that a DATABASE_URL names, for one app (IM_SDKAPPID), or for
-    any if `app` is 0. Raises StoreError."""
+    any if `app` is 0. Raises StoreError, unless `wait`, if its host is unknown."""
     scheme = url.partition(":")[0]
     if scheme == "sqlite":
         from .sqlite import SQLiteStore
@@ -36,4 +38,4 @@ def open_store(url: str, timing: Timing = NORMAL, app: int = 0) -> Store:
         from .postgres import PostgresStore
     except ImportError as error:
         raise StoreError(f"{error}; see requirements.txt") from None
-    return PostgresStore(url, timing, app)
+    return PostgresStore(url, timing, app, wait)

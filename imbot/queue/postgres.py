@@ -38,6 +38,7 @@ HOPELESS = (
     "authentication failed|no password|does not exist|no such|pg_hba|"
     "support SSL|certificate"
 )
+UNKNOWN_HOST = "failed to resolve host|could not translate host name"
 # SQLSTATEs of a lost connection: no code, server shutdown, server crash.
 CLOSED = (None, "57P01", "57P02")
 DEFAULTS = {"connect_timeout": "2", "client_encoding": "utf8"}
@@ -97,7 +98,9 @@ class PostgresStore(Store):
         "if_not_exists": "IF NOT EXISTS",
     }
 
-    def __init__(self, url: str, timing: Timing = NORMAL, app: int = 0) -> None:
+    def __init__(
+        self, url: str, timing: Timing = NORMAL, app: int = 0, wait: bool = False
+    ) -> None:
         super().__init__(timing, app)
         self._sql = {n: re.sub(r":(\w+)", r"%(\1)s", s) for n, s in self._sql.items()}
         conninfo, self._password = conninfo_of(url)
@@ -114,6 +117,9 @@ class PostgresStore(Store):
             passing = isinstance(error, psycopg.OperationalError)
             if not passing or re.search(HOPELESS, str(error)):
                 raise StoreError(self._redacted(error)) from None
+            if not wait and re.search(UNKNOWN_HOST, str(error)):
+                text = f"{self._redacted(error)}: correct it, or set DATABASE_WAIT=1"
+                raise StoreError(text) from None
         self._pool = ConnectionPool(
             conninfo,
             connection_class=BoundedConnection,

@@ -171,6 +171,15 @@ SQL = {
         WHERE seq IN (SELECT seq FROM message WHERE conversation = :conversation
             AND state IN ('done', 'failed') LIMIT :batch)
         RETURNING 1""",
+    # What a user recalled: the worker finds `data` instead, or the memory nothing.
+    "recall": """UPDATE message SET
+            state = CASE WHEN state = 'open' THEN 'open' ELSE 'gone' END,
+            data = CASE WHEN state = 'open' THEN :data END, reply = NULL
+        WHERE id = :id AND state <> 'failed'""",
+    "recall_like": """UPDATE message SET
+            state = CASE WHEN state = 'open' THEN 'open' ELSE 'gone' END,
+            data = CASE WHEN state = 'open' THEN :data END, reply = NULL
+        WHERE id LIKE :id ESCAPE '\\' AND state <> 'failed'""",
     "put": """INSERT INTO kept (name, value, put_at) VALUES (:name, :value, {now})
         ON CONFLICT (name) DO UPDATE SET value = excluded.value, put_at = {now}""",
     "put_first": """INSERT INTO kept (name, value, put_at) VALUES (:name, '{{}}', {now})

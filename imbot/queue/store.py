@@ -325,6 +325,14 @@ class Store:
             pass
         self._run_in_turn("drop_kept", name=conversation)
 
+    def recall(self, id: str, data: Data) -> None:
+        """Forget a message; if it is open, its worker gets `data` in its place.
+
+        An `id` with % is a pattern of LIKE, for which the store looks at all messages.
+        """
+        step = "recall_like" if "%" in id else "recall"
+        self._run(step, id=id, data=json.dumps(data))
+
     def put(self, name: str, value: Data) -> None:
         """Keep a value under a name, instead of the one before."""
         self._run_in_turn("put", name=name, value=json.dumps(value))

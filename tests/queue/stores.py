@@ -112,8 +112,8 @@ def waiting(store):
     return store.stats()["waiting"]
 
 
-def opened(url, **waits):
-    return open_store(url, fast(**waits))
+def opened(url, wait=False, **waits):
+    return open_store(url, fast(**waits), wait=wait)
 
 
 @contextmanager

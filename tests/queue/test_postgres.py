@@ -384,9 +384,16 @@ def test_a_url_that_cannot_work_is_an_error_without_its_password(url, why):
 )
 def test_a_url_that_leads_nowhere_is_an_error_without_its_password(url):
     with pytest.raises(StoreError) as caught:
-        with closing(opened(url)) as store:
+        with closing(opened(url, wait=True)) as store:
             store.claim()
     assert "passwor" not in str(caught.value) and "sswor" not in str(caught.value)
+
+
+def test_a_host_without_an_address_stops_the_start_unless_it_may_wait():
+    url = "postgresql://x:passwor@no.such.host.invalid/d"
+    with pytest.raises(StoreError, match="no.such.host.invalid.*DATABASE_WAIT=1"):
+        opened(url)
+    opened(url, wait=True).close()
 
 
 @pytest.mark.parametrize(

@@ -339,4 +339,7 @@ def test_another_sites_page_cannot_drive_the_stand_in(sim):
     assert not sim.calls
     page = requests.get(sim.url, headers={"Origin": sim.url})
     assert page.status_code == 200
+    name = "name-8080.app.github.dev"  # a container elsewhere, whose port is forwarded
+    forwarded = {"Origin": f"https://{name}", "X-Forwarded-Host": name}
+    assert requests.get(sim.url, headers=forwarded).status_code == 200
     assert "unsafe" not in page.headers["Content-Security-Policy"]

@@ -30,6 +30,7 @@ KEY = "sk-a-key-of-a-real-service"
 def start(*arguments, **settings):
     """Start the demonstration without a terminal."""
     env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    env["PYTHON_DOTENV_DISABLED"] = "1"
     return subprocess.Popen(
         [sys.executable, "-m", "simulator", *arguments],
         cwd=HERE,
