@@ -98,6 +98,8 @@ class Bot(Engine):
         """
         if message.user.upper().startswith("@RBT#"):
             return  # two robots would answer each other for ever
+        if message.kind == "recalled":
+            return self.recall(message)
         if is_stop(message):
             return self.stop(message, was_missed)
         self.enqueue(message, was_missed)
@@ -119,6 +121,8 @@ class Bot(Engine):
         This is the function to edit. README's "Change it" has examples.
         """
         message = chat.message
+        if message.kind == "recalled":
+            return ""
         if found := commands.find(message):
             run, argument = found
             return run(chat, argument)

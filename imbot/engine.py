@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -161,6 +162,13 @@ class Engine:
             self.refuse(message, "not_allowed")
         elif limit := self._add(message, self.conversation(message)):
             self.refuse(message, limit)
+
+    def recall(self, recalled: Message) -> None:
+        """Forget what a user took back; if it still waits, it is not answered."""
+        place = (recalled.group, recalled.topic, str(recalled.seq))
+        escaped = re.sub(r"([\\%_])", r"\\\1", "\t".join(place))
+        id = f"%\t{escaped}\t%" if recalled.group else recalled.id
+        self.store.recall(id, recalled.data())
 
     def refuse(self, message: Message, why: str) -> None:
         """Tell the chat why, unless it was told a moment ago."""

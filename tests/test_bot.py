@@ -240,3 +240,46 @@ def test_a_callback_that_is_replayed_later_is_answered_once(sim, make_app, turns
     im.say("afterwards")
     poll(lambda: "afterwards" in said_to(sim, "jared") and idle(im))
     assert len(sim.delivered) == 4 and len(sim.ai_requests) == 3
+
+
+@pytest.mark.parametrize("place", ["one-to-one", "group"])
+def test_a_recalled_question_is_neither_answered_nor_remembered(im, place):
+    ask = {
+        "one-to-one": lambda text: im.sim.say("jared", "@RBT#001", text),
+        "group": lambda text: im.sim.say_in_group(
+            "jared", "@TGS#demo", text, ["@RBT#001"]
+        ),
+    }[place]
+    remembered = ask("remembered at first")
+    im.post(remembered)
+    im.sim.wait(1)
+    im.sim.ai_delay = 0.3
+    im.post(ask("keeps the bot busy"))
+    waits = ask("waits and is recalled")
+    im.post(waits)
+    for event in (remembered, waits):
+        assert im.post(recall_of(event)).status_code == 200
+    poll(lambda: len(im.sim.delivered) == 2 and idle(im))
+    im.sim.ai_delay = 0
+    im.post(ask("the last one"))
+    im.sim.wait(3)
+    poll(lambda: idle(im))
+    assert len(im.sim.delivered) == 3
+    assert "recalled" not in json.dumps(im.sim.ai_requests)
+    assert "remembered at first" not in json.dumps(im.sim.ai_requests[-1])
+
+
+def recall_of(event):
+    """Return the callback of a recall."""
+    if "GroupId" in event:
+        return {
+            "CallbackCommand": "Group.CallbackAfterRecallMsg",
+            "GroupId": event["GroupId"],
+            "MsgSeqList": [{"MsgSeq": event["MsgSeq"]}],
+        }
+    return {
+        "CallbackCommand": "C2C.CallbackAfterMsgWithDraw",
+        "From_Account": event["From_Account"],
+        "To_Account": event["To_Account"],
+        "MsgKey": event["MsgKey"],
+    }
