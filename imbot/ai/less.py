@@ -50,6 +50,11 @@ class Lessons:
     told: dict[str, str] = field(default_factory=dict)  # by cut, for the operator
 
 
+def named_in(text: str) -> set[str]:
+    """Return the cuts that a refusal speaks of."""
+    return {cut for cut, word in CUTS.items() if re.search(word, text, re.I)}
+
+
 def words(turn: Json) -> str:
     """Return the text of a message, of which pictures may be a part."""
     content = turn["content"]
@@ -76,14 +81,12 @@ def alternating(messages: list[Json]) -> list[Json]:
     return turns
 
 
-def _join(one: Any, other: Any) -> Any:
+def _join(*both: Any) -> Any:
     """Return two contents as one, be they texts or lists of parts."""
-    if isinstance(one, str) and isinstance(other, str):
-        return f"{one}\n\n{other}"
-    parts = (
-        [{"type": "text", "text": c}] if isinstance(c, str) else c for c in (one, other)
-    )
-    return sum(parts, [])
+    if all(isinstance(content, str) for content in both):
+        return "\n\n".join(both)
+    lists = ([{"type": "text", "text": c}] if isinstance(c, str) else c for c in both)
+    return [part for parts in lists for part in parts]
 
 
 class Attempts:
@@ -96,16 +99,13 @@ class Attempts:
         self.full, self.lessons, self.preset = question, lessons, preset
         self.cuts: list[tuple[str, ProviderError]] = []  # made for this question
         *before, self.last = question.messages
-        is_system = [turn["role"] == "system" and not remembers for turn in before]
-        self.system = [t for t, it_is in zip(before, is_system, strict=True) if it_is]
-        self.turns = [
-            t for t, it_is in zip(before, is_system, strict=True) if not it_is
-        ]
+        first = 1 if before and before[0]["role"] == "system" and not remembers else 0
+        self.system, self.turns = before[:first], before[first:]
         possible = {
             "pictures": not isinstance(self.last["content"], str),
             "history": bool(self.turns) and not remembers,
             "options": bool(preset),
-            "system": bool(self.system) and not remembers,
+            "system": bool(self.system),
         }
         self.possible = [cut for cut in CUTS if possible[cut]]
         self.less = (lessons.needed | lessons.unsure) & {*self.possible}
@@ -143,15 +143,16 @@ class Attempts:
 
     def shrink(self, error: ProviderError) -> bool:
         """Ask for less next time; return whether that may help after this error."""
-        named = [c for c, word in CUTS.items() if re.search(word, error.details, re.I)]
-        left = [cut for cut in self.possible if cut in self._sent()]
-        if error.kind == "filter":  # of an old turn, or of this question
-            left = [cut for cut in left if cut == "history"]
-        elif not error.refused:
-            seen = error.kind == "setup" and "pictures" in named
-            left = [cut for cut in left if cut == "pictures" and seen]
+        named = named_in(error.details)
+        allowed = {
+            "filter": {"history"},  # the filter may have hit an old turn
+            "long": {"pictures", "history", "options"},
+        }.get(error.kind, {*CUTS} if error.refused else set())
+        if error.kind == "setup" and "pictures" in named:  # whatever the HTTP status
+            allowed = allowed | {"pictures"}
         if error.kind == "long":
-            named, left = ["history"], [cut for cut in left if cut != "system"]
+            named = {"history"}
+        left = [cut for cut in self.possible if cut in self._sent() & allowed]
         if not left:
             return False
         self.before = size(self.question().messages)
@@ -197,7 +198,7 @@ class Attempts:
         """Return the error to tell, when nothing helped: the first, and what to do."""
         if self.cuts and error.kind in ("setup", "long", "filter"):
             error = self.cuts[0][1]
-        named = {c for c, word in CUTS.items() if re.search(word, error.details, re.I)}
+        named = named_in(error.details)
         if not error.refused or error.hint:
             return error
         if capped := self._capped(error.details):

@@ -27,40 +27,20 @@ from ..http import CancelScope, Session
 from ..outside import SHORTEST_SECRET, printable
 from ..redact import redact
 from ..timing import NORMAL, Timing
-from .errors import (
-    FAILURES,
-    FINISHES,
-    Json,
-    ProviderError,
-    error_of,
-    failure_of,
-    find_error,
-    word_kind,
-)
+from .errors import FAILURES, Json, ProviderError, error_of, failure_of
 from .less import Attempts, Lessons, Question, alternating, words
-from .stream import (
-    DONE,
-    drain,
-    emptiness,
-    events,
-    joined,
-    openai_event,
-    read_whole,
-    thinks,
-)
-from .thinking import visible
+from .stream import DONE, Answer, Reader, drain, events, openai_event, read_whole
 
 CONNECT_TIMEOUT = 5  # seconds
 TRIES = {"busy": 3, "once": 2}  # by ProviderError.kind; any other kind has one try
 LONGEST_WAIT = 60  # seconds of Retry-After that are honoured
 MAX_TOKENS = 8192  # of one answer, unless AI_EXTRA_BODY says otherwise
-LONGEST_ERROR = 400  # characters
+LONGEST_ERROR = 300  # characters
 QUOTES = "\"'`“”‘’"  # that people leave around a key
 UNHEARD = ("busy", "once", "slow")  # a part of the answer is better than none
 ENDPOINT = re.compile(r"/(chat/completions|chat-messages|text/completion|qbot/.*)/*\Z")
 
 Texts = Iterator[str]  # the answer so far, again and again
-Reader = Callable[[Json, list[str]], str | Json]  # see Provider.complete
 logger = logging.getLogger(__name__)
 
 
@@ -154,9 +134,8 @@ class Provider:
 
     def _ask(self, attempts: Attempts) -> Texts:
         """Ask once, without what the attempts leave out."""
-        asker = self
+        asker, attempts.full.scope.ended = copy.copy(self), False
         if "options" in attempts.less:
-            asker = copy.copy(self)
             asker.preset = dict.fromkeys(self.preset)
         return self.service.ask(asker, attempts.question())
 
@@ -237,56 +216,34 @@ class Provider:
 
         An error that ends a growing answer comes after the text that came before it.
         """
-        scope, update_interval = question.scope, question.update_interval
-        parts: list[str] = []
-        shown, finish, due, thought = "", "", 0.0, False
-        last: Json = {}
+        scope, every = question.scope, question.update_interval
+        answer, shown, due = Answer(read), "", 0.0
         failure: ProviderError | None = None
         try:
             for event in events(response, scope, self.timing.read_every):
+                if wrong := event and answer.add(event):
+                    raise self.error(wrong, response)
                 if event is DONE:
-                    finish = finish or "stop"
                     break
-                if event:
-                    last, thought = event, thought or not parts and thinks(event)
-                    wrong = event.get("error") and find_error(event)
-                    told = event if wrong else read(event, parts)
-                    if isinstance(told, dict):
-                        raise self.error(told, response)
-                    if told not in ("", "null"):
-                        finish = told  # but text may still come
-                        scope.wait_at_most(self.timing.grace)
-                elif update_interval and time.monotonic() >= due:
-                    so_far = visible(joined(parts), final=False)
+                if answer.finish:
+                    scope.wait_at_most(self.timing.grace)
+                elif every and not event and time.monotonic() >= due:
+                    so_far = answer.text(final=False)
                     if so_far != shown:
                         yield so_far
-                        shown, due = so_far, time.monotonic() + update_interval
+                        shown, due = so_far, time.monotonic() + every
         except (ProviderError, *FAILURES) as error:
-            if isinstance(error, ProviderError) or not finish:
+            if isinstance(error, ProviderError) or not answer.finish:
                 failure = failure_of(error)
-        scope.ended, text = True, joined(parts)
-        answer = visible(text)
-        failure = failure or shortfall(finish, answer)
-        if not failure and not answer.strip():
-            failure = ProviderError("empty", emptiness(last, finish, thought, text))
+        scope.ended, text = True, answer.text()
+        failure = failure or answer.shortfall(text)
         if failure and failure.kind in UNHEARD:
-            failure.partial = answer
+            failure.partial = text
         whole = not failure or failure.kind == "length"
-        if answer != shown and (update_interval or whole):
-            yield answer
+        if text != shown and (every or whole):
+            yield text
         if failure:
             raise failure
-
-
-def shortfall(finish: str, answer: str) -> ProviderError | None:
-    """Return the error that a finish_reason tells of; None if it is a stop."""
-    if not finish:
-        return ProviderError("busy", "the answer ended without a finish_reason")
-    kind = word_kind(finish) or word_kind(finish, FINISHES)
-    if not kind or kind == "length" and not answer.strip():
-        return None
-    kind = "busy" if kind == "failed" else kind
-    return ProviderError(kind, f"the answer ended with finish_reason {finish}")
 
 
 def clean_key(key: str) -> str:
