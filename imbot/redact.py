@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from .outside import HIDDEN
 
-LONGEST = 20_000  # characters of a text that are looked at; the rest is left out
+LONGEST = 2_000  # characters of a text that are looked at; the rest is left out
 QUOTED = 20  # bytes in common that are no longer a coincidence
 SHORTEST = 3  # characters of a whole text that is hidden where it stands by itself
 

@@ -36,7 +36,7 @@ _OPEN = re.compile(
 _HALF = re.compile(r"\s*<details[^>]*(?:>\s*(?:<[^/]*)?)?\Z")
 _BLANK = re.compile(r"\s*")
 _PICTURE = re.compile(
-    r"!?\[[^]\n]*\]\(\s*data:image/[^)\s]*(?:\)|\Z)|"
+    r"!?\[[^]\n]{0,99}\]\(\s{0,9}data:image/[^)\s]*(?:\)|\Z)|"
     r"data:image/[\w.+-]+;base64,[\w+/=]*"
 )
 

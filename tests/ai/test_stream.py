@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_providers import FAST, ai_answer, ai_failure, ai_service, ai_texts
 
+from imbot.ai import ProviderError
 from imbot.ai.stream import DONE, EventReader, joined
 from imbot.http import CancelScope
 
@@ -207,3 +209,26 @@ def test_bytes_that_arrived_are_read_before_the_failure_of_a_later_read():
     provider.session.post = broken
     texts = [*provider.chat([{"role": "user", "content": "x"}], CancelScope(9))]
     assert (texts, len(tries)) == ([ANSWER], 1)
+
+
+HOSTILE = {
+    "lines of an event without end": b"data: }\n" * 300_000,
+    "data: data:": b"data:" * 500_000 + b"\n\n",
+    "brackets": ai_json(delta("[" * 10**6 + "](data:image/", "stop")).encode(),
+    "angles": ai_json({"error": "<html>" + "<" * 10**6}).encode(),
+    "many messages": ai_json({"error": [{"message": "x" * 10, "detail": "y"}] * 9})
+    .replace("y", "z" * 10**6)
+    .encode(),
+    "nested": b'{"error":' * 10_000,
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_service_takes_no_cpu(body):
+    provider, _ = ai_service(body)
+    began = time.process_time()
+    try:
+        list(provider.chat([{"role": "user", "content": "x" * 9999}], CancelScope(9)))
+    except ProviderError as error:
+        assert len(str(error)) < 600
+    assert time.process_time() - began < 1.5
