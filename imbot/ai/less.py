@@ -96,7 +96,8 @@ class Attempts:
         self, question: Question, lessons: Lessons, preset: Json, remembers: bool
     ) -> None:
         """`preset` has the fields of the request that are not the operator's."""
-        self.full, self.lessons, self.preset = question, lessons, preset
+        self.full, self.lessons = question, lessons
+        self.preset = {n: v for n, v in preset.items() if v is not None}
         self.cuts: list[tuple[str, ProviderError]] = []  # made for this question
         *before, self.last = question.messages
         first = 1 if before and before[0]["role"] == "system" and not remembers else 0
@@ -104,7 +105,7 @@ class Attempts:
         possible = {
             "pictures": not isinstance(self.last["content"], str),
             "history": bool(self.turns) and not remembers,
-            "options": bool(preset),
+            "options": bool(self.preset),
             "system": bool(self.system),
         }
         self.possible = [cut for cut in CUTS if possible[cut]]

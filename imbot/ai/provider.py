@@ -109,9 +109,8 @@ class Provider:
             raise ProviderError("empty", "the question holds no text")
         memory, text, tried = memory or new_memory("operator"), "", 0
         question = Question(messages, scope, update_interval, memory)
-        optional = {n: v for n, v in self.preset.items() if v is not None}
-        optional = {n: v for n, v in optional.items() if n not in self.extra}
-        attempts = Attempts(question, self.lessons, optional, self.service.remembers)
+        preset = {n: v for n, v in self.preset.items() if n not in self.extra}
+        attempts = Attempts(question, self.lessons, preset, self.service.remembers)
         while True:
             try:
                 for text in filter(str.strip, self._ask(attempts)):
@@ -123,14 +122,15 @@ class Provider:
                 logger.warning("%s %s", self.model or self.url, lesson)
             if not failure:
                 return
-            if not text and attempts.shrink(failure):
-                continue
-            tried += 1
-            if text or not self._waited(failure, tried, scope):
-                break
-        if not text and failure.partial.strip():
+            if text:
+                raise failure
+            if not attempts.shrink(failure):
+                tried += 1
+                if not self._waited(failure, tried, scope):
+                    break
+        if failure.partial.strip():
             yield failure.partial
-        raise failure if text else attempts.explained(failure)
+        raise attempts.explained(failure)
 
     def _ask(self, attempts: Attempts) -> Texts:
         """Ask once, without what the attempts leave out."""

@@ -442,6 +442,7 @@ def test_a_crash_in_the_first_question_asks_the_same_session_again(sim, agent):
     assert kept == [asked["session_id"] for asked in sim.ai_requests]
 
 
+@pytest.mark.slow
 def test_what_a_service_is_known_by_is_kept_as_long_as_it_is_used(sim, agent):
     im = agent()
     store = bot_of(im).store
@@ -478,7 +479,9 @@ def test_in_a_group_the_conversation_is_the_groups_or_each_members(
 
 
 @pytest.mark.parametrize("app", ["chatbot", "agent", "new agent", "chatflow"])
-@pytest.mark.parametrize("mode", ["whole", "modify"])
+@pytest.mark.parametrize(
+    "mode", ["whole", pytest.param("modify", marks=pytest.mark.slow)]
+)
 def test_every_kind_of_dify_app_is_understood(sim, agent, app, mode):
     sim.dify_app, sim.ai_pace = app, 0.15 if mode == "modify" else 0
     im = agent(reply_mode=mode)

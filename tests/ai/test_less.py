@@ -213,3 +213,38 @@ def test_a_picture_is_joined_with_the_question_before_it():
     parts = [{"type": "text", "text": "b"}, PICTURE]
     [joined] = alternating([turn("user", "a"), turn("user", parts)])
     assert joined["content"] == [{"type": "text", "text": "a"}, *parts]
+
+
+def test_a_user_is_told_that_a_picture_was_not_read(im):
+    words = "image input is not supported"
+    im.sim.ai_fault = lambda asked: (
+        (400, {"error": {"message": words}})
+        if isinstance(asked["messages"][-1]["content"], list)
+        else None
+    )
+    picture = {"ImageInfoArray": [{"Type": 1, "URL": "https://example.com/1.png"}]}
+    body = [
+        {"MsgType": "TIMTextElem", "MsgContent": {"Text": "what is it?"}},
+        {"MsgType": "TIMImageElem", "MsgContent": picture},
+    ]
+    im.say("what is it?", MsgBody=body)
+    [answer] = im.sim.wait(1)
+    assert answer.text.startswith("You said: what is it?")
+    assert answer.text.endswith("\n\n（图片没有读取）")
+    im.say("and now?")
+    im.sim.wait(2)
+    assert "没有读取" not in str(im.sim.ai_requests[-1]["messages"])
+
+
+def test_a_chat_that_is_too_long_goes_on(im, caplog):
+    words = "This model's maximum context length is 99 tokens"
+    im.sim.ai_fault = lambda asked: (
+        (400, {"error": {"message": words}}) if len(asked["messages"]) > 6 else None
+    )
+    for number in range(1, 9):
+        im.say(f"question {number}")
+        im.sim.wait(number)
+    assert all(m.text.startswith("You said: question") for m in im.sim.delivered)
+    assert len(im.sim.ai_requests) <= 8 + 3
+    assert caplog.text.count("answers only without some old turns") == 1
+    assert max(len(asked["messages"]) for asked in im.sim.ai_requests[-3:]) > 2

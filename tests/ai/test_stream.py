@@ -76,6 +76,24 @@ def test_events_are_those_of_the_standard_however_they_are_cut(lines, cuts, bom)
     assert told == expected or broken and seen(told) >= seen(expected)
 
 
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=3), min_size=1)),
+    st.lists(st.integers(0, 400), max_size=6),
+    st.randoms(use_true_random=False),
+)
+def test_an_event_of_several_lines_is_one_event(values, cuts, random):
+    text = ""
+    for value in values:
+        for line in json.dumps(value, indent=1).split("\n"):
+            text += f"data: {line}" + random.choice(["\n", "\r\n", "\r"])
+        text += random.choice(["\n", "\r\n", ": comment\n\n"])
+    body, reader, read = text.encode(), EventReader(), []
+    ends = [*sorted({min(cut, len(body)) for cut in cuts}), len(body)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        read += reader.feed(body[start:end])
+    assert [*read, *reader.feed(b"\n\n")] == values
+
+
 def seen(events):
     """Return what can be read of events some of which are broken."""
     return len([event for event in events if "error" not in event])
