@@ -203,7 +203,7 @@ def test_a_start_waits_for_whoever_creates_the_file(url, path):
 
 
 def test_locked_by_another_program_it_fails_soon_and_works_after(url, path):
-    store = opened(url, locked=0.2)
+    store = opened(url, locked=0.3)
 
     def add(number):
         began = time.monotonic()
