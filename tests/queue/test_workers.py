@@ -123,7 +123,7 @@ def test_a_message_whose_handler_raises_is_released(store, start, error, caplog)
 
 @pytest.mark.parametrize("is_down", [False, True])
 def test_a_message_is_not_tried_for_ever_if_only_its_own_step_fails(
-    store, start, is_down
+    store, start, caplog, is_down
 ):
     """As a /clear that took too long for PostgreSQL did."""
     put(store, "a")
@@ -144,6 +144,7 @@ def test_a_message_is_not_tried_for_ever_if_only_its_own_step_fails(
     start(handle, store=broken)
     poll(lambda: exhausted or len(tries) > 10)
     assert (len(exhausted), len(tries)) == ((0, 11) if is_down else (1, 4))
+    assert ("the store works again" in caplog.text) == is_down
     going.set()
 
 
