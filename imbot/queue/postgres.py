@@ -110,16 +110,7 @@ class PostgresStore(Store):
         self._ready = False  # the tables exist, and the database is this app's
         # Workers leave one connection to URGENT steps.
         self._share = threading.BoundedSemaphore(CONNECTIONS - 1)
-        try:
-            with BoundedConnection.connect(conninfo, **options) as first:
-                self._prepare(first)
-        except psycopg.Error as error:
-            passing = isinstance(error, psycopg.OperationalError)
-            if not passing or re.search(HOPELESS, str(error)):
-                raise StoreError(self._redacted(error)) from None
-            if not wait and re.search(UNKNOWN_HOST, str(error)):
-                text = f"{self._redacted(error)}: correct it, or set DATABASE_WAIT=1"
-                raise StoreError(text) from None
+        self._connect_first(conninfo, options, wait)
         self._pool = ConnectionPool(
             conninfo,
             connection_class=BoundedConnection,
@@ -130,6 +121,19 @@ class PostgresStore(Store):
             reconnect_timeout=1,
             open=True,
         )
+
+    def _connect_first(self, conninfo: str, options: Data, wait: bool) -> None:
+        """Connect once; raise StoreError for what retrying will not fix."""
+        try:
+            with BoundedConnection.connect(conninfo, **options) as first:
+                self._prepare(first)
+        except psycopg.Error as error:
+            passing = isinstance(error, psycopg.OperationalError)
+            if not passing or re.search(HOPELESS, str(error)):
+                raise StoreError(self._redacted(error)) from None
+            if not wait and re.search(UNKNOWN_HOST, str(error)):
+                text = f"{self._redacted(error)}: correct it, or set DATABASE_WAIT=1"
+                raise StoreError(text) from None
 
     def _prepare(self, connection: BoundedConnection) -> None:
         """Create the tables unless they exist, and check whose the database is."""
@@ -166,10 +170,8 @@ class PostgresStore(Store):
                 return self._transact(step, values)
             except PoolTimeout as error:
                 # All connections are in use, unless the server refuses new ones.
-                busy = not BoundedConnection.refusal
-                raise (StoreBusy if busy else StoreError)(
-                    self._redacted(error)
-                ) from None
+                kind = StoreError if BoundedConnection.refusal else StoreBusy
+                raise kind(self._redacted(error)) from None
             except psycopg.Error as error:
                 # What the server closed while it was idle fails now, at once.
                 stale = error.sqlstate in CLOSED and not self._pool.closed

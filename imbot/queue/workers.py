@@ -203,8 +203,12 @@ class Workers:
             logger.info("%s is left to another process", claim.id)
             self._release(job, 0.0)  # changes nothing, unless we claimed it again
         except StoreError as error:
-            self._note(error)
-            self._release(job, again, attempted=self._is_its_fault(error))
+            its_fault = self._is_its_fault(error)
+            if its_fault:
+                logger.error("%s failed: %s", claim.id, error)
+            else:
+                self._note(error)
+            self._release(job, again, attempted=its_fault)
         except Exception as error:
             log_error(claim.id, error)
             self._release(job, again, attempted=True)

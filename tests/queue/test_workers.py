@@ -123,7 +123,7 @@ def test_a_message_whose_handler_raises_is_released(store, start, error, caplog)
 
 @pytest.mark.parametrize("is_down", [False, True])
 def test_a_message_is_not_tried_for_ever_if_only_its_own_step_fails(
-    store, start, is_down
+    store, start, caplog, is_down
 ):
     """As a /clear that took too long for PostgreSQL did."""
     put(store, "a")
@@ -144,6 +144,7 @@ def test_a_message_is_not_tried_for_ever_if_only_its_own_step_fails(
     start(handle, store=broken)
     poll(lambda: exhausted or len(tries) > 10)
     assert (len(exhausted), len(tries)) == ((0, 11) if is_down else (1, 4))
+    assert ("the store works again" in caplog.text) == is_down
     going.set()
 
 
@@ -232,6 +233,35 @@ def test_an_operation_that_the_store_refused_is_retried_when_it_works(
     poll(lambda: "the store works again" in caplog.text)
 
 
+def test_after_an_outage_what_was_answered_is_finished_before_it_is_claimed_again(
+    store, url, start
+):
+    """Its lease expired during the outage: it would be answered twice."""
+    add(store, "a")
+    broken, seen = Broken(opened(url, lease=0.0)), []
+    ready = threading.Event()
+
+    def slow_finish(claim):
+        if "heartbeat" in vars(broken):
+            raise StoreError("away")
+        time.sleep(0.1)
+        return store.finish(claim)
+
+    def handle(job):
+        ready.wait(20)
+        seen.append(job.claim.id)
+        broken.heartbeat = broken.load = broken.check = refuse
+        pool.when_store_works(slow_finish, job.claim)
+
+    pool = start(handle, store=broken)
+    ready.set()
+    poll(lambda: seen and not pool.jobs)
+    del broken.heartbeat, broken.load, broken.check
+    poll(lambda: idle(store))
+    assert seen == ["a"]
+    broken.close()
+
+
 def test_an_operation_that_always_fails_holds_up_nothing_and_is_dropped(
     store, start, caplog
 ):
@@ -315,7 +345,7 @@ def test_a_claim_that_comes_while_the_pool_is_closed_is_released(store, start):
     assert claimed.wait(20)
     pool.close(drain=0)
     closed.set()
-    assert poll(store.claim).id == "a"
+    assert poll(store.claim, timeout=5).id == "a"
 
 
 def test_a_cancel_of_another_process_reaches_the_work(store, start):
