@@ -244,6 +244,15 @@ def test_the_doctor_says_what_is_switched_off(flask):
     assert "stays unanswered (CATCH_UP=0)" in flask("doctor", CATCH_UP=0).stdout
 
 
+def test_the_doctor_says_how_to_do_without_a_history_that_is_refused(sim, flask):
+    sim.fault = lambda command, body: 10004 if "recentcontact" in command else None
+    [line] = [x for x in flask("doctor").stdout.splitlines() if "FAIL" in x]
+    assert line.startswith("FAIL history") and "failed with 10004" in line
+    assert line.endswith(": CATCH_UP=0 switches this off")
+    sim.fault = lambda command, body: 60020
+    assert "CATCH_UP" not in flask("doctor").stdout
+
+
 def test_the_doctor_names_the_setting_that_was_meant(flask):
     done = flask("doctor", AI_MODLE="x")
     assert "AI_MODLE is not a setting: do you mean AI_MODEL?" in done.stdout
