@@ -183,7 +183,7 @@ def test_what_a_robot_writes_while_no_server_runs_waits(sim, flask, make_app):
 def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
     done = flask("doctor")
     assert done.exit_code == 0, done.stdout
-    assert done.stdout.count("ok  ") == 6 and "FAIL" not in done.stdout
+    assert done.stdout.count("ok  ") == 7 and "FAIL" not in done.stdout
     assert "accepted if signed with the token IM_CALLBACK_TOKEN" in done.stdout
     assert "https://<this server>/im" in done.stdout
     done = flask("doctor", IM_CALLBACK_TOKEN="old-token,new-token")
@@ -240,8 +240,32 @@ def test_the_doctor_names_the_robot_that_must_be_created(flask, tmp_path):
     assert "@RBT#009 of ROBOTS does not exist: create-robot @RBT#009" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("modes", "says"),
+    [
+        ({}, "shown by whole: if your app uses TUIKit, set REPLY_MODE_MOBILE=card"),
+        ({"REPLY_MODE": "stream"}, "shown by stream: if your app uses TUIKit"),
+        ({"REPLY_MODE_MOBILE": "custom"}, "phones unlocks its input"),
+        ({"REPLY_MODE": "card"}, "phones unlocks its input"),
+        ({"REPLY_MODE": "card", "REPLY_MODE_MOBILE": "modify"}, "shown by modify"),
+    ],
+)
+def test_the_doctor_says_whether_phones_can_go_on(flask, modes, says):
+    [line] = [x for x in flask("doctor", **modes).stdout.splitlines() if "clients" in x]
+    assert line.startswith("ok   clients") and says in line
+
+
 def test_the_doctor_says_what_is_switched_off(flask):
     assert "stays unanswered (CATCH_UP=0)" in flask("doctor", CATCH_UP=0).stdout
+
+
+def test_the_doctor_says_how_to_do_without_a_history_that_is_refused(sim, flask):
+    sim.fault = lambda command, body: 10004 if "recentcontact" in command else None
+    [line] = [x for x in flask("doctor").stdout.splitlines() if "FAIL" in x]
+    assert line.startswith("FAIL history") and "failed with 10004" in line
+    assert line.endswith(": CATCH_UP=0 switches this off")
+    sim.fault = lambda command, body: 60020
+    assert "CATCH_UP" not in flask("doctor").stdout
 
 
 def test_the_doctor_names_the_setting_that_was_meant(flask):

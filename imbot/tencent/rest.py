@@ -88,7 +88,8 @@ class IMError(Exception):
         self, command: str, code: int, info: str, may_have_arrived: bool = False
     ) -> None:
         meaning = f" ({MEANING[code]})" if code in MEANING else ""
-        super().__init__(f"{command} failed with {code}: {printable(info)}{meaning}")
+        failed = "failed" if code == NETWORK else f"failed with {code}"
+        super().__init__(f"{command} {failed}: {printable(info)}{meaning}")
         self.code, self.may_have_arrived = code, may_have_arrived
         self.about_message = code in RETRY_MESSAGE
         self.retry = code in RETRY | RETRY_MESSAGE

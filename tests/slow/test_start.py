@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -50,6 +51,21 @@ def test_a_bot_started_in_another_folder_says_what_is_wrong_or_starts(sim, tmp_p
     bot.start().stop()
 
 
+def test_the_commands_of_flask_run_beside_the_server():
+    with running() as (sim, bot):
+        for words, shows in ((["doctor"], "ok   store"), (["--help"], "befriend")):
+            done = subprocess.run(
+                [sys.executable, "-m", "flask", "--app", "botserver", *words],
+                cwd=HERE,
+                env=bot.env,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert shows in done.stdout and not done.stderr
+
+
 def test_a_reload_takes_new_code(sim, tmp_path):
     for file in HERE.glob("*.py"):
         shutil.copy(file, tmp_path)
@@ -66,7 +82,7 @@ def test_a_reload_takes_new_code(sim, tmp_path):
         bot.stop()
 
 
-def test_a_proxy_may_say_https_in_whatever_headers_it_likes(tmp_path):
+def test_a_proxy_may_say_https_in_whatever_headers_it_likes():
     with running() as (sim, bot):
         sim.bot_url = ""
         event = sim.say("jared", "@RBT#001", "hi")
