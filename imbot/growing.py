@@ -228,6 +228,7 @@ class StreamReply(GrowingReply):
                 self._note_said()
         if not self.grows():  # what the stream does not show follows as messages
             self._end("")
+            self._note_said()
             parts = split((self._mention + text).removeprefix(self._said))
         self._send_parts(parts, failed)
 
@@ -268,7 +269,7 @@ class StreamReply(GrowingReply):
         return True
 
     def _note_said(self) -> None:
-        """Save how far the stream is, so that a later try can close it."""
+        """Save how far the stream is, so that a later try goes on there."""
         self.progress.said, self.progress.index = self._said, self._index
         self.progress.pending = self._pending
         self.save()

@@ -1,32 +1,47 @@
-"""The plain reply, how an answer is split, and what every way to show one promises."""
+"""The plain reply and the card, how an answer is split, what every mode promises."""
 
 from __future__ import annotations
 
+import json
 import random
+import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
-from conftest import APPID, STORY, Caller, idle, poll
+from conftest import APPID, FAST, STORY, Caller, idle, poll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from botserver import REPLIES
 from imbot import replies
-from imbot.ai import stream
-from imbot.replies import PlainReply
+from imbot.replies import CardReply, PlainReply, Progress
+from imbot.settings import Settings
 from imbot.tencent import callback, rest
 from simulator import KEY
+from simulator.tencent import C2C_WINDOW, GROUP_WINDOW
+from usersig import gen_user_sig
 
 PLACES = {"one-to-one": {}, "group": {"group": "@TGS#demo", "topic": "t"}}
+TEXTS = {"replaced": "(replaced)", "stopped": "(stopped)", "length": "(length)"}
 SORRY = "I cannot say this."
+PICTURE = {"MsgType": "TIMImageElem", "MsgContent": {"UUID": "u", "ImageFormat": 1}}
 
 
-def make_reply(sim, kind, place="one-to-one", progress=None, saved=None):
-    """Return a reply; what it saves goes into `saved`, as after a crash."""
-    client = rest.Client(sim.url, APPID, KEY, "administrator")
-    message = callback.Message("id", "@RBT#001", "jared", "hi", **PLACES[place])
+def make_reply(sim, kind, place="one-to-one", saved=None, **more):
+    """Return a reply; what it saves goes into `saved`, as for after a crash."""
+    client = rest.Client(
+        sim.url, APPID, "administrator", partial(gen_user_sig, APPID, KEY), timing=FAST
+    )
+    message = callback.Message("id", "@RBT#001", "jared", "hi", seq=7, **PLACES[place])
     saved = {} if saved is None else saved
-    progress = dict(progress or {})
-    return kind(client, message, 7, progress, saved.update, "(replaced)")
+    progress = Progress.load(json.loads(json.dumps(saved)))
+
+    def save():
+        saved.clear()
+        saved.update(progress.data())
+
+    return kind(client, message, TEXTS, progress, save, **more)
 
 
 def word_filter(command, body):
@@ -44,7 +59,7 @@ def refused_by_filter():
 
 def tell_sixteen(sim, make_app, mode, place):
     """Let a twentieth of the REST calls fail, in every way; return the answers."""
-    client = make_app(reply_mode=mode, rate_limit=0).test_client()
+    client = make_app(reply_mode=mode, rate_limit=0, max_waiting=99).test_client()
     im, chance = Caller(sim, client), random.Random(f"{mode} {place}")
     faults = ["lost", "late", 60007, 91000, 20028, 10002]
     sim.fault = lambda command, body: (
@@ -75,17 +90,22 @@ def tell_sixteen(sim, make_app, mode, place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_plain_reply_is_whole_and_true_while_im_fails(sim, make_app, place):
-    answers = tell_sixteen(sim, make_app, "whole", place)
+@pytest.mark.parametrize("mode", ["whole", "card"])
+def test_an_answer_is_whole_and_true_while_im_fails(sim, make_app, mode, place):
+    answers = tell_sixteen(sim, make_app, mode, place)
     assert all(len(messages[0].states) == 1 for messages in answers)
+    if mode == "card":
+        kind = "TIMTextElem" if place == "group" else "TIMCustomElem"
+        assert {m["MsgType"] for [a] in answers for m in a.elements} == {kind}
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_an_answer_that_im_refuses_is_replaced_by_a_sentence(sim, place):
+@pytest.mark.parametrize("kind", [PlainReply, CardReply])
+def test_an_answer_that_im_refuses_is_replaced_by_a_sentence(sim, kind, place):
     saved = {}
     sim.fault = word_filter
     for _ in range(2):  # the second is another process, after a crash
-        reply = make_reply(sim, PlainReply, place, progress=saved, saved=saved)
+        reply = make_reply(sim, kind, place, saved)
         with refused_by_filter():
             reply.close("first\n\n" + "a" * 8500 + "\n\nforbidden " + "b" * 8500)
         reply.give_up(SORRY)
@@ -100,9 +120,97 @@ def test_an_answer_that_im_refuses_is_replaced_by_a_sentence(sim, place):
         assert sentence["GroupAtInfo"] and sentence["TopicId"] == "t"
 
 
-def test_the_sentence_of_a_refusal_has_numbers_that_no_part_has():
-    parts = stream.LONGEST_ANSWER // replies.PART_BYTES
-    assert parts < replies.LAST_PART < rest.PARTS
+def test_every_part_of_an_answer_has_numbers_of_its_own():
+    message = callback.Message("id", "@RBT#001", "jared", "hi", seq=2**32 - 3)
+    most = Settings.__dataclass_fields__["max_parts"].metadata["high"]
+    numbers = [rest.numbers(message, part) for part in (*range(most + 1), rest.SORRY)]
+    assert len({chance for _, chance in numbers}) == len(numbers)
+    assert all(0 <= seq < 2**32 for seq, _ in numbers)
+
+
+@pytest.mark.parametrize("mode", REPLIES)
+def test_no_quick_answer_sorts_above_its_question(sim, make_app, mode):
+    """Clients sort the messages of a second by their MsgSeq."""
+    users = [f"user{number}" for number in range(60)]
+    sim.users |= {*users}
+    im = Caller(sim, make_app(reply_mode=mode).test_client())
+    chance, asked = random.Random(1), {}
+    for user in users:
+        seq, now = chance.choice([1, 350821200, 2**31 - 2, 2**32 - 9]), int(time.time())
+        im.say("hi", user=user, MsgSeq=seq, MsgTime=now)
+        asked[user] = (now, seq)
+    sim.wait(60, closed=True)
+    assert all(m.place > asked[m.chat] for m in sim.delivered)
+    in_its_second = [m for m in sim.delivered if m.place[0] == asked[m.chat][0]]
+    assert len(in_its_second) > 5
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("mode", REPLIES)
+def test_an_element_is_an_answer(sim, mode, place):
+    saved, faults = {}, ["lost", 60007, 60007, 60007]
+    sim.fault = lambda command, body: faults and faults.pop()
+    with pytest.raises(rest.IMError):
+        make_reply(sim, REPLIES[mode], place, saved).close_with(PICTURE)
+    for _ in range(2):  # again, as after a crash
+        make_reply(sim, REPLIES[mode], place, saved).close_with(PICTURE)
+    assert sim.delivered[0].elements == [PICTURE]
+    unlocks = mode in ("card", "custom") and place == "one-to-one"
+    assert len(sim.delivered) == 1 + unlocks
+    assert [m.closed for m in sim.delivered] == [True] * len(sim.delivered)
+
+
+@pytest.mark.parametrize("mode", REPLIES)
+def test_an_answer_has_a_cap_on_its_parts(sim, mode):
+    reply = make_reply(sim, REPLIES[mode], max_parts=3)
+    reply.close(("a" * 5000 + "\n\n") * 60)
+    texts = [message.text for message in sim.delivered]
+    assert len(texts) == 3 and texts[-1] == "(length)"
+    assert all("aaa" in text for text in texts[:-1])
+
+
+@pytest.mark.parametrize("mode", REPLIES)
+def test_a_stop_ends_the_sending_of_parts(sim, mode):
+    stops = []
+    reply = make_reply(sim, REPLIES[mode], is_stopped=lambda: bool(stops))
+    sim.fault = lambda command, body: (
+        stops.append(1) if len(sim.delivered) == 2 else None
+    )
+    reply.close(("a" * 5000 + "\n\n") * 60)
+    texts = [message.text for message in sim.delivered]
+    assert len(texts) == 4 and texts[-1] == "(stopped)"
+
+
+def test_what_may_have_arrived_is_not_sent_again_beyond_tencents_window(sim):
+    """The machine stood still in the middle of a call: its next try would be shown."""
+    for place in PLACES:
+        reply, tries = make_reply(sim, PlainReply, place), []
+        window = reply.known_until() - time.time()
+        assert window == pytest.approx(FAST.duplicate_window, abs=0.1)
+
+        def fault(command, body, tries=tries):
+            tries.append(body)
+            return "late"
+
+        sim.fault = fault
+        reply.progress.unconfirmed = time.time() - window + 0.01
+        with pytest.raises(rest.IMError) as caught:
+            reply.close("the answer")
+        assert caught.value.may_have_arrived and len(tries) == 1
+
+
+def test_the_last_try_of_an_unsure_call_is_within_tencents_window():
+    timing = rest.NORMAL
+    longest = 2 * timing.call_timeout
+    assert timing.duplicate_window + longest <= C2C_WINDOW
+    assert timing.duplicate_window_group + longest <= GROUP_WINDOW
+
+
+def test_a_progress_survives_the_store():
+    progress = Progress(key=5, sending=0, pending="", index=3, sent=1)
+    stored = json.loads(json.dumps(progress.data()))
+    assert Progress.load(stored) == progress
+    assert Progress.load(stored | {"of a newer version": 1}) == progress
 
 
 PIECES = st.one_of(

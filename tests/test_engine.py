@@ -1,0 +1,240 @@
+"""The engine: TUIKit's input is never left locked, and each client has its mode."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+
+import pytest
+from conftest import Caller, idle, poll, said_to
+
+from imbot.settings import Persona, Settings, SettingsError
+from imbot.texts import TEXTS
+from providers import PROVIDERS
+from simulator import text_body
+
+EN, ROBOT = TEXTS["en"], "@RBT#001"
+LONG = "".join(f"Sentence {number} of a long answer.\n\n" for number in range(1500))
+LONG = LONG.strip()
+BUTTON = {"chatbotPlugin": 2, "src": 22, "msgKey": "1_2_3"}
+TYPING = {"businessID": "user_typing_status", "typingStatus": 1}
+
+
+def custom(data):
+    return [{"MsgType": "TIMCustomElem", "MsgContent": {"Data": json.dumps(data)}}]
+
+
+def element(kind):
+    return [{"MsgType": kind, "MsgContent": {}}]
+
+
+def ask(im, *texts):
+    for text in texts:
+        assert im.say(text).status_code == 200
+
+
+def answer(number, turn=1):
+    return f"You said: {number} (question {turn} of our chat)"
+
+
+def broken(status, text):
+    error = {"error": {"message": text}}
+    return {"ai_fault": lambda asked: (status, error)}
+
+
+def refuse_edits(command, body):
+    return 90054 if "modify" in command and "You said" in str(body) else None
+
+
+def refuse_answers(command, body):
+    return 80001 if "You said" in str(body) else None
+
+
+# name: (what users do, settings, what is broken, what is shown, sorted)
+TALKS = {
+    "a question": (("hi",), {}, {}, [answer("hi")]),
+    "/help": (("/help",), {}, {}, ["/help"]),
+    "/clear": (("/clear",), {}, {}, [EN["clear"]]),
+    "/stop": (("/stop",), {}, {}, [EN["stop"]]),
+    "a voice": ((element("TIMSoundElem"),), {}, {}, [EN["unsupported"]]),
+    "an unknown element": ((element("TIMNewElem"),), {}, {}, [EN["unsupported"]]),
+    "another program's element": ((custom({"order": 5}),), {}, {}, [""]),
+    "a blank": ((" \u200b",), {}, {}, [""]),
+    "the stop button": ((custom(BUTTON),), {}, {}, [""]),
+    "five quick ones, three allowed": (
+        tuple("12345"),
+        {"rate_limit": 3},
+        {},
+        ["", *(answer(n, n) for n in (1, 2, 3)), EN["rate_limited"]],
+    ),
+    "four slow ones, two may wait": (
+        tuple("1234"),
+        {"max_waiting": 2},
+        {"ai_delay": 0.4},
+        ["", *(answer(n, n) for n in (1, 2)), EN["queue_full"]],
+    ),
+    "the AI is broken": (("hi",), {}, broken(500, "boom"), [EN["busy"]]),
+    "the quota": (("hi",), {}, broken(402, "balance (1008)"), [EN["quota"]]),
+    "the end is refused": (("hi",), {}, {"fault": refuse_edits}, [answer("hi")]),
+    "an answer is refused": (
+        ("hi",),
+        {},
+        {"fault": refuse_answers},
+        [EN["undeliverable"]],
+    ),
+    "a very long answer": (("hi",), {}, {"ai_answer": lambda m: LONG}, [LONG]),
+    "a stranger": (
+        ("hi", "hello?", custom(BUTTON)),
+        {"allow_users": ("lin",)},
+        {},
+        ["", "", EN["not_allowed"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("mode", ["custom", "card"])
+def test_nobody_stays_locked(sim, make_app, mode, talk):
+    """Under the rules of the phones' kits, and the Vue kits show what was meant."""
+    said, settings, faults, shown = TALKS[talk]
+    app = make_app(reply_mode=mode, bot_language="en", **settings)
+    im = Caller(sim, app.test_client())
+    for name, value in faults.items():
+        setattr(sim, name, value)
+    for one in said:
+        body = text_body(one) if isinstance(one, str) else one
+        assert im.say(MsgBody=body).status_code == 200
+    poll(lambda: sim.delivered and idle(im))
+    poll(lambda: sim.locked() == {"phone": {}, "vue": {}})
+    assert all(message.closed for message in sim.delivered)
+    drawn = [*sim.kit_chat("vue", "jared", ROBOT).shown.values()]
+    texts = [message.text for message in sim.delivered]
+    assert drawn == texts, "a kit that only appends shows something else"
+    if talk == "a very long answer":
+        assert len(texts) > 3 and len(set(texts)) == len(texts)
+        assert "".join("".join(texts).split()) == "".join(LONG.split())
+    elif talk == "/help":
+        assert len(texts) == 1 and texts[0].startswith(EN["help"])
+    else:  # what stands above the repetition of an answer says so
+        texts = [text for text in texts if EN["replaced"] not in text]
+        assert sorted(texts) == sorted(shown)
+
+
+def test_a_user_who_was_locked_while_no_server_ran_is_unlocked(sim, make_app):
+    app = make_app(reply_mode="card")
+    Caller(sim, app.test_client()).say("before")
+    sim.wait(1)
+    app.extensions["bot"].close(drain=5)
+    servers = {"well": {"a server": time.time() - 60}}
+    app.extensions["bot"].store.put("servers", servers)
+    sim.users |= {"stopper", "blank"}
+    sim.say("stopper", ROBOT, "/stop")
+    sim.say("blank", ROBOT, "  ")
+    assert len(sim.locked()["phone"]) == 2
+    make_app(reply_mode="card")
+    poll(lambda: not sim.locked()["phone"])
+    assert sorted(message.text for message in sim.delivered[1:]) == ["", ""]
+
+
+@pytest.mark.parametrize("mode", ["custom", "card"])
+def test_a_redelivered_message_is_unlocked_once(sim, make_app, mode):
+    im = Caller(sim, make_app(reply_mode=mode, rate_limit=1).test_client())
+    im.say("one")
+    events = [im.sim.say("jared", ROBOT, text) for text in ("two", " ", "three")]
+    for event in events * 3:
+        assert im.post(event).status_code == 200
+    poll(lambda: len(sim.delivered) == 5 and idle(im))
+    assert not sim.locked()["phone"]
+    assert sorted(m.text for m in sim.delivered)[:3] == ["", "", ""]
+
+
+@pytest.mark.parametrize("mode", ["whole", "modify", "stream", "custom", "card"])
+def test_nothing_empty_is_sent_where_nothing_is_locked(sim, make_app, mode):
+    """A signal of a program's, and in a group or in other modes whatever is blank."""
+    im = Caller(sim, make_app(reply_mode=mode, bot_language="en").test_client())
+    im.say(MsgBody=custom(TYPING))
+    im.say(" ", OnlineOnlyFlag=1)
+    group = {"MsgBody": custom(BUTTON)}
+    im.post(sim.say_in_group("jared", "@TGS#demo", "", [ROBOT], **group))
+    if mode not in ("custom", "card"):
+        im.say(" ")
+        im.say(MsgBody=custom(BUTTON))
+        im.say(MsgBody=custom({"order": 5}))
+    im.say("hello")
+    sim.wait(1, closed=True)
+    poll(lambda: idle(im))
+    assert said_to(sim, "jared") == ["hello"] and len(sim.delivered) == 1
+
+
+@pytest.mark.parametrize(
+    ("platform", "settings", "kind"),
+    [
+        ("iOS", {"reply_mode_mobile": "card"}, "TIMCustomElem"),
+        ("ANDROID", {"reply_mode_mobile": "card"}, "TIMCustomElem"),
+        ("Web", {"reply_mode_mobile": "card"}, "TIMTextElem"),
+        ("RESTAPI", {"reply_mode_mobile": "card"}, "TIMTextElem"),
+        ("iOS", {}, "TIMTextElem"),
+        (
+            "Android",
+            {"robots": {ROBOT: Persona(reply_mode_mobile="custom")}},
+            "TIMCustomElem",
+        ),
+        (
+            "Android",
+            {
+                "robots": {ROBOT: Persona(reply_mode_mobile="whole")},
+                "reply_mode_mobile": "card",
+            },
+            "TIMTextElem",
+        ),
+    ],
+)
+def test_phones_have_a_mode_of_their_own(sim, make_app, platform, settings, kind):
+    im = Caller(sim, make_app(**settings).test_client())
+    im.post(sim.say("jared", ROBOT, "hello"), OptPlatform=platform)
+    [answer] = sim.wait(1, closed=True)
+    assert answer.elements[0]["MsgType"] == kind
+    im.post(sim.say_in_group("jared", "@TGS#demo", "hi", [ROBOT]), OptPlatform="iOS")
+    assert sim.wait(2)[1].elements[0]["MsgType"] == "TIMTextElem"
+
+
+def test_what_a_phone_wrote_while_no_server_ran_is_answered_in_its_mode(sim, make_app):
+    app = make_app(reply_mode_mobile="card")
+    im = Caller(sim, app.test_client())
+    im.post(sim.say("jared", ROBOT, "before"), OptPlatform="iOS")
+    sim.wait(1)
+    poll(lambda: idle(im))
+    app.extensions["bot"].close(drain=5)
+    servers = {"well": {"a server": time.time() - 60}}
+    app.extensions["bot"].store.put("servers", servers)
+    sim.say("jared", ROBOT, "meanwhile")
+    make_app(reply_mode_mobile="card")
+    sim.wait(2)
+    poll(lambda: not sim.locked()["phone"])
+
+
+def test_the_first_phone_without_its_mode_is_one_line_in_the_log(sim, make_app, caplog):
+    caplog.set_level(logging.INFO, "imbot")
+    im = Caller(sim, make_app().test_client())
+    for user, platform in (("jared", "Web"), ("lin", "iOS"), ("jared", "Android")):
+        im.post(sim.say(user, ROBOT, "hello"), OptPlatform=platform)
+    sim.wait(3)
+    lines = [r.message for r in caplog.records if "REPLY_MODE_MOBILE" in r.message]
+    assert len(lines) == 1 and "iOS" in lines[0]
+    caplog.clear()
+    im = Caller(sim, make_app(reply_mode_mobile="card").test_client())
+    im.post(sim.say("lin", ROBOT, "hello"), OptPlatform="iOS")
+    sim.wait(4)
+    assert "REPLY_MODE_MOBILE" not in caplog.text
+
+
+def test_the_mode_of_phones_is_one_that_exists(tmp_path):
+    env = {"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1"}
+    file = tmp_path / "robots.toml"
+    file.write_text('["@RBT#001"]\nreply_mode_mobile = "telegram"\n')
+    env |= {"REPLY_MODE_MOBILE": "telegram", "ROBOTS": str(file)}
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env(PROVIDERS, ["whole", "card"], env)
+    assert "REPLY_MODE_MOBILE must be one of: whole, card" in str(caught.value)
+    assert "@RBT#001: reply_mode_mobile must be one of" in str(caught.value)
