@@ -1,11 +1,11 @@
-"""The benchmark: how fast the bot is, beside the naive way and a bare view.
+"""The benchmark: how fast the bot is, beside the naive bot and a bare view.
 
     python -m benchmark                      medians of three runs, 8 minutes
     python -m benchmark --store sqlite       one column, and those it is compared with
     python -m benchmark --runs 1             a quick look
 
 It starts the Procfile's own command, with two processes, and stays on 127.0.0.1. It
-prints a table in Markdown. The naive way is naive.py: two calls in a thread, nothing
+prints a table in Markdown. The naive bot is naive.py: two calls in a thread, nothing
 kept, nothing checked. The stand-in for Tencent and the AI runs beside the bot: a line
 says what share of the machine it takes. The exit status is 0 if the bot refused, lost
 and doubled no message, and answered in order. Linux only.
@@ -43,16 +43,16 @@ HEADS = {
     "sqlite": "SQLite",
     "postgres": "PostgreSQL",
     "gevent": "gevent",
-    "naive": "naive way",
+    "naive": "naive bot",
     "bare": "bare view",
 }
 CPU, ADDED = "CPU, ms an answer", "added p50 / p99, ms"
 ACK = "ack p50 / p99, ms"
 ACKS = "acknowledgements a second"
 COMPARED = {  # figure -> which one it compares, with which column or figure
-    f"{CALM}: CPU against the naive way": (f"{CALM}: {CPU}", "naive"),
-    f"{BUSY}: CPU against the naive way": (f"{BUSY}: {CPU}", "naive"),
-    f"{CALM}: added against the naive way": (f"{CALM}: {ADDED}", "naive"),
+    f"{CALM}: CPU against the naive bot": (f"{CALM}: {CPU}", "naive"),
+    f"{BUSY}: CPU against the naive bot": (f"{BUSY}: {CPU}", "naive"),
+    f"{CALM}: added against the naive bot": (f"{CALM}: {ADDED}", "naive"),
     f"{ACKS} against the bare view": (ACKS, "bare"),
     **{
         f"{load}: CPU against a short answer": (f"{load}: {CPU}", f"{CALM}: {CPU}")
@@ -65,9 +65,9 @@ REACH = {  # figure -> what it should reach on two cores
     f"{TOO_MUCH}: {ACK}": "p99 300",
     "refused / lost / twice / out of order": "0 / 0 / 0 / 0",
     "refused of 10,000 on kept connections": "0",
-    f"{CALM}: CPU against the naive way": "0.95",
-    f"{BUSY}: CPU against the naive way": "0.95",
-    f"{CALM}: added against the naive way": "p99 1.0",
+    f"{CALM}: CPU against the naive bot": "0.95",
+    f"{BUSY}: CPU against the naive bot": "0.95",
+    f"{CALM}: added against the naive bot": "p99 1.0",
     f"{ACKS} against the bare view": "at least 0.65",
     f"{GROWING[0]}: CPU against a short answer": "1.3",
     **{f"{load}: CPU against a short answer": "2.5" for load in GROWING[1:]},
