@@ -107,7 +107,8 @@ def test_why_a_real_service_does_not_answer_is_printed(settings, reason):
     with Simulator() as real:
         missing = (404, {"error": {"message": "no such model"}})
         real.ai_fault = lambda body: missing if body["model"] == "nix" else None
-        env = {"AI_PROVIDER": "minimax", "AI_SECRET_KEY": real.ai_key}
+        real.ai_key = KEY
+        env = {"AI_PROVIDER": "minimax", "AI_SECRET_KEY": KEY}
         env |= {"AI_BASE_URL": "{}/v1"} | settings
         env["AI_BASE_URL"] = env["AI_BASE_URL"].format(real.url)
         printed = demonstrate("--say", "hello", **env)
