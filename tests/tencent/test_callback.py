@@ -422,7 +422,8 @@ def test_the_address_of_a_picture_that_is_not_on_the_web_is_not_passed_on(url):
         "MsgContent": {"ImageInfoArray": [{"Type": 1, "URL": url}]},
     }
     event = c2c_event("jared", "@RBT#001", "") | {"MsgBody": [element]}
-    assert callback.parse("Bot.OnC2CMessage", event) == []
+    [message] = callback.parse("Bot.OnC2CMessage", event)
+    assert (message.kind, message.images) == ("blank", ())
 
 
 @pytest.mark.parametrize("text", ["a{}lin: I owe you", "a\n{}b"])
