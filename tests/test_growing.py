@@ -119,6 +119,20 @@ def test_what_replaces_a_text_begins_with_it(sim, mode):
             assert vue(sim)[-len(sim.delivered) :] == texts(sim)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_card_is_not_replaced_by_an_answer_that_begins_otherwise(sim, place):
+    """Some AI services send another text at the end than they streamed."""
+    reply = make_reply(sim, GrowingCardReply, place)
+    reply.open()
+    for text in ("Let me", "Let me see", "The answer", "The answer is"):
+        reply.update(text)
+    reply.close("The answer is 42.")
+    mention = "@jared " if place == "group" else ""
+    shown = [f"{mention}Let me see\n\n(replaced)", f"{mention}The answer is 42."]
+    assert texts(sim) == shown and all(m.closed for m in sim.delivered)
+    assert place == "group" or vue(sim) == shown
+
+
 def check_indexes(sim, faults):
     """Let calls fail, and check that each chunk follows the last one in its stream."""
     seen = []
@@ -218,6 +232,18 @@ def test_a_chunk_that_was_refused_gives_its_index_back(sim, fault):
     stream.update("one two")
     stream.give_up(SORRY)
     assert texts(sim) == [f"one\n\n{SORRY}"] and seen == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("fault", ["late", "lost"])
+def test_a_stream_is_given_up_behind_its_unconfirmed_chunk(sim, fault):
+    faults = [None, fault]
+    seen = check_indexes(sim, lambda _: faults.pop(0) if faults else None)
+    stream = make_reply(sim, StreamReply)
+    stream.open()
+    stream.update("one")
+    stream.give_up(SORRY)
+    assert texts(sim) == [f"one\n\n{SORRY}"] and seen == [1, 2, 2, 3]
+    assert sim.delivered[0].closed
 
 
 @pytest.mark.parametrize("died", ["as it asked the AI", "as it sent the answer"])
