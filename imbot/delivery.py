@@ -222,4 +222,6 @@ class Delivery:
             if self._is_postponed(error):
                 return
             logger.warning("%s: the user is not told: %s", claim.id, error)
-        outbox.workers.when_store_works(outbox.store.fail, claim, progress.gives_up)
+        reason, progress.gives_up, progress.failing_since = progress.gives_up, "", None
+        self._save_progress()  # an operator may put the message back
+        outbox.workers.when_store_works(outbox.store.fail, claim, reason)

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -122,6 +123,9 @@ class Engine:
         under_gunicorn = "gunicorn" in os.environ.get("SERVER_SOFTWARE", "")
         if under_gunicorn and "GUNICORN_CONF_READ" not in os.environ:
             logger.warning(NO_CONF, FOLDER, FOLDER)
+        with suppress(StoreError):  # the threads notice that, and wait
+            # Before any callback: other servers may work on what this one takes.
+            self.missed.beat()
         self.workers.start()
         atexit.register(self.close)
         store, _, _ = settings.database_url.partition(":")

@@ -91,6 +91,8 @@ class EditedReply(GrowingReply):
         if not self.grows():
             return
         parts, before = self._split(text), self._shown
+        if not self.may_replace(parts[0]):
+            return
         if len(parts) == 1:
             self._shown = parts[0]  # also if no confirmation comes
         try:
@@ -101,8 +103,9 @@ class EditedReply(GrowingReply):
 
     def close(self, text: str, failed: bool = False) -> None:
         progress, parts = self.progress, self._split(text)
-        if not progress.sent and self.grows() and self._finish(parts[0], failed):
-            progress.confirm(1)
+        if not progress.sent and self.grows() and self.may_replace(parts[0]):
+            if self._finish(parts[0], failed):
+                progress.confirm(1)
         if not progress.sent and not progress.ended:
             # It shows a part of the answer, which is sent again as a whole.
             self._finish(self._below(self.texts["replaced"]))
@@ -121,11 +124,12 @@ class EditedReply(GrowingReply):
         if done or not self._finish(told, not self._shown):
             super().give_up(text)
 
-    def _split(self, text: str) -> list[str]:
-        """Split the answer; what was shown never becomes shorter.
+    def may_replace(self, text: str) -> bool:
+        """Return whether a text may take the place of what is shown."""
+        return True
 
-        Some clients only append to what they show.
-        """
+    def _split(self, text: str) -> list[str]:
+        """Split the answer; what was shown never becomes shorter."""
         text = self._mention + text
         at_least = len(self._shown) if text.startswith(self._shown) else 0
         return split(text, self.limit, at_least)
@@ -173,6 +177,9 @@ class GrowingCardReply(CardReply, EditedReply):
 
     def element(self, text: str, finished: bool, failed: bool = False) -> Json:
         return card(text, finished, failed)
+
+    def may_replace(self, text: str) -> bool:
+        return text.startswith(self._shown)  # TUIKit for Vue only appends
 
 
 class StreamReply(GrowingReply):
@@ -241,7 +248,8 @@ class StreamReply(GrowingReply):
     def give_up(self, text: str) -> None:
         with self._lock:
             self.keep_alive_after = math.inf
-            if not self._end(f"\n\n{text}" if self._said else self._mention + text):
+            shown = self._said or self._pending
+            if not self._end(f"\n\n{text}" if shown else self._mention + text):
                 super().give_up(text)
 
     def _split(self, text: str) -> list[str]:

@@ -10,10 +10,11 @@ from functools import partial
 
 import pytest
 from click.testing import CliRunner
-from conftest import FAST, Caller, poll
+from conftest import APPID, FAST, Caller, poll
 from flask.cli import FlaskGroup
 
 from botserver import create_app
+from imbot.queue import open_store
 from simulator import KEY, check_user_sig
 from simulator.bot import bot_settings
 
@@ -171,6 +172,21 @@ def test_what_a_robot_cannot_write_is_told_to_the_operator_alone(
     assert not sim.delivered
     assert flask("failed").stdout.count("\n") == 4
     assert "the-text" not in caplog.text
+
+
+def test_what_failed_is_named_by_numbers_that_can_be_pasted(flask, tmp_path):
+    url, app = f"sqlite:///{tmp_path}/bot.db", APPID
+    with closing(open_store(url, app=app)) as store:
+        for number in range(103):
+            user = f"x'$(touch {number})" if number else "o'neil"
+            store.add(f"@RBT#001\t{user}", f"c2c\t{user}", {})
+            store.fail(store.claim(), "no")
+    told = flask("failed").stdout.splitlines()
+    assert len(told) == 101 and told[-1] == "and 3 more"
+    assert all(re.fullmatch(r"\d+  \d+ s ago: no", line) for line in told[:-1])
+    assert flask("retry", told[0].split()[0]).stdout == "1 put back.\n"
+    with closing(open_store(url, app=app)) as store:
+        assert store.claim().id == "@RBT#001\to'neil"
 
 
 def test_what_a_robot_writes_while_no_server_runs_waits(sim, flask, make_app):

@@ -26,7 +26,6 @@ EDITED = {name: kind for name, kind in MODES.items() if name != "stream"}
 each_mode = pytest.mark.parametrize("mode", MODES)
 each_edited = pytest.mark.parametrize("mode", EDITED)
 each_place = pytest.mark.parametrize("place", PLACES)
-LONG = STORY * 30  # several messages
 FAULTS = [None, "lost", "late", 60007]
 
 
@@ -74,15 +73,16 @@ def test_a_failure_in_custom_mode_is_shown_as_one(sim, make_app):
 @each_edited
 def test_what_was_shown_never_becomes_shorter(sim, mode):
     """Not at the limit of a message either, though that breaks at a paragraph."""
+    answer = "two words " * 600 + "\n\n" + "a long paragraph " * 1500
     reply = make_reply(sim, EDITED[mode])
     reply.open()
-    for end in range(500, len(LONG), 500):
-        reply.update(LONG[:end])
-    reply.close(LONG)
+    for end in range(500, len(answer), 500):
+        reply.update(answer[:end])
+    reply.close(answer)
     states = [state.removesuffix("…") for state in sim.delivered[0].states]
     assert all(b.startswith(a) for a, b in zip(states, states[1:], strict=False))
     assert len(sim.delivered) > 3
-    assert "".join("".join(texts(sim)).split()) == "".join(LONG.split())
+    assert "".join("".join(texts(sim)).split()) == "".join(answer.split())
     if mode == "custom":
         assert vue(sim) == texts(sim)
 
@@ -117,6 +117,20 @@ def test_what_replaces_a_text_begins_with_it(sim, mode):
         assert all(m.closed for m in sim.delivered)
         if mode == "custom":
             assert vue(sim)[-len(sim.delivered) :] == texts(sim)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_card_is_not_replaced_by_an_answer_that_begins_otherwise(sim, place):
+    """Some AI services send another text at the end than they streamed."""
+    reply = make_reply(sim, GrowingCardReply, place)
+    reply.open()
+    for text in ("Let me", "Let me see", "The answer", "The answer is"):
+        reply.update(text)
+    reply.close("The answer is 42.")
+    mention = "@jared " if place == "group" else ""
+    shown = [f"{mention}Let me see\n\n(replaced)", f"{mention}The answer is 42."]
+    assert texts(sim) == shown and all(m.closed for m in sim.delivered)
+    assert place == "group" or vue(sim) == shown
 
 
 def check_indexes(sim, faults):
@@ -220,6 +234,18 @@ def test_a_chunk_that_was_refused_gives_its_index_back(sim, fault):
     assert texts(sim) == [f"one\n\n{SORRY}"] and seen == [1, 2, 3, 3]
 
 
+@pytest.mark.parametrize("fault", ["late", "lost"])
+def test_a_stream_is_given_up_behind_its_unconfirmed_chunk(sim, fault):
+    faults = [None, fault]
+    seen = check_indexes(sim, lambda _: faults.pop(0) if faults else None)
+    stream = make_reply(sim, StreamReply)
+    stream.open()
+    stream.update("one")
+    stream.give_up(SORRY)
+    assert texts(sim) == [f"one\n\n{SORRY}"] and seen == [1, 2, 2, 3]
+    assert sim.delivered[0].closed
+
+
 @pytest.mark.parametrize("died", ["as it asked the AI", "as it sent the answer"])
 def test_a_stream_that_a_dead_process_began_does_not_swallow_the_answer(sim, died):
     """Its process alone knows what it shows: it is left, and the answer sent whole."""
@@ -315,9 +341,20 @@ def test_a_last_chunk_that_arrived_unconfirmed_is_not_shown_twice(sim):
     assert texts(sim) == ["the answer"] and not faults
 
 
+def test_a_paragraph_does_not_make_a_stream_shorter_than_it_was_shown(sim):
+    answer = "two words " * 6000 + "\n\n" + "a long paragraph " * 4000
+    stream = make_reply(sim, StreamReply)
+    stream.open()
+    for end in range(10_000, len(answer), 9_000):
+        stream.update(answer[:end])
+    stream.close(answer)
+    assert "(replaced)" not in texts(sim)[0] and len(texts(sim)[0]) > 90_000
+    assert "".join("".join(texts(sim)).split()) == "".join(answer.split())
+
+
 @pytest.mark.parametrize("rest", [15_000, 60_000])
 def test_what_a_stream_cannot_hold_follows_in_messages(sim, rest):
-    """A stream of over 100 kB; its texts are code, which is closed and opened again."""
+    """A stream of over 100 kB; its text is code, which is closed and opened again."""
     answer = "```\n" + "x = 'plain text'\n" * ((100_000 + rest) // 17) + "```"
     stream = make_reply(sim, StreamReply)
     stream.open()
