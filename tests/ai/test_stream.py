@@ -144,6 +144,12 @@ def test_a_finish_reason_means_what_it_says(finish, kind):
     assert kind == "length" or finish in str(error)
 
 
+@pytest.mark.parametrize("finish", [None, "null", ""])
+def test_an_answer_without_any_finish_reason_is_cut(finish):
+    error, tries = ai_failure(sse(delta(ANSWER, finish), end=""), interval=0)
+    assert (error.kind, tries) == ("busy", 3)
+
+
 @pytest.mark.parametrize("finish", ["stop", "eos", "end_turn", "COMPLETE"])
 def test_any_other_finish_reason_is_a_stop(finish):
     assert ai_answer(sse(delta(ANSWER, finish), end="")) == ANSWER
