@@ -155,6 +155,7 @@ class Provider:
         said = [words(turn) for turn in messages if turn["role"] != "system"]
         said += [self.key] if len(self.key) >= SHORTEST_SECRET else []
         error.details = printable(redact(error.details, said), LONGEST_ERROR)
+        error.hint = printable(redact(error.hint, said))
         return error
 
     def address(self, path: str) -> str:
@@ -189,7 +190,8 @@ class Provider:
                 drain(response, scope, self.timing.drain)
         except (ProviderError, *FAILURES) as error:
             failure = failure_of(error)
-            failure.asked = f"POST {self.address(path).partition('?')[0]}"
+            address = re.sub("//[^/]*@", "//", self.address(path).partition("?")[0])
+            failure.asked = f"POST {address}"
             raise failure from None
 
     def send(self, path: str, body: Json, scope: CancelScope) -> requests.Response:

@@ -643,6 +643,16 @@ THINKING = {
     "“</think>”是结束": "“</think>”是结束",
     "a < b <thi <thinking> </thin": "a < b <thi <thinking> </thin",
     "<thinking> is no tag": "<thinking> is no tag",
+    "<thinking>a</thinking>\nb": "b",
+    "<thought>\n想\n</thought>\n\n答": "答",
+    "想\n</thinking>\n答": "答",
+    "[THINK]想[/THINK]答": "答",
+    "想[/THINK]答": "答",
+    "The `[THINK]` tag and `[/THINK]`": "The `[THINK]` tag and `[/THINK]`",
+    "<|channel|>analysis<|message|>想<|end|><|channel|>final<|message|>答": "答",
+    "想<|end|><|start|>assistant<|channel|>final<|message|>答<|return|>": "答",
+    "<details><summary>Thinking...</summary>想</details>\n答": "答",
+    "<details><summary>More</summary>a": "<details><summary>More</summary>a",
     "<th": "<th",
     "a<": "a<",
 }
@@ -652,8 +662,7 @@ THINKING = {
 def test_thinking_is_taken_out_wherever_the_text_is_split(text, answer):
     assert thinking.visible(text) == answer
     for place in range(len(text)):
-        for other in range(place, len(text)):
-            parts = text[:place], text[place:other], text[other:]
+        for parts in ((text[:place], text[place:]), (text[:place], *text[place:])):
             pieces = [sse(delta(part), end="") for part in parts if part]
             assert ai_answer([*pieces, sse()]) == answer, parts
     for interval in (0, OFTEN):
@@ -690,7 +699,7 @@ def test_thinking_without_an_opening_is_replaced_in_a_stream_and_absent_in_a_who
         ["12345678", "12345678", "9"],
     ],
 )
-@pytest.mark.parametrize("name", [*ASKED, "openai-compatible"])
+@pytest.mark.parametrize("name", ["minimax", "openai-compatible"])
 def test_pieces_are_never_taken_for_repetitions(name, contents):
     body = sse(*map(delta, contents), delta(finish="stop"))
     assert ai_texts(body, name=name, interval=0) == ["".join(contents)]
@@ -776,6 +785,29 @@ def test_too_much_is_refused():
     assert ai_failure(endless)[0].kind == "setup"
     lines = (sse(delta("x" * 60_000), end="") for _ in range(10**6))
     assert ai_failure(lines, interval=0)[0].kind == "setup"
+
+
+def test_no_part_of_an_error_repeats_what_was_said():
+    said = "my card is 4929-1111"
+    question = [{"role": "user", "content": said}]
+    inner = {"code": said, "type": said.upper(), "message": said}
+    body = {"error": inner, "id": said, "request_id": ai_json(said)}
+    for place in ("Location", "x-request-id", "Trace-Id"):
+        for status in (400, 302, 500):
+            provider, _ = ai_service(
+                ai_json(body).encode(), status=status, headers={place: said}
+            )
+            with pytest.raises(ProviderError) as caught:
+                list(provider.chat(question, CancelScope(9)))
+            assert "4929" not in str(caught.value) and "***" in str(caught.value)
+
+
+def test_an_error_names_the_address_without_query_and_password():
+    url = "http://me:secret@127.0.0.1:1/v1/chat/completions?key=secret"
+    provider, _ = ai_service(b"no", status=400, url=url)
+    with pytest.raises(ProviderError, match="POST http://127.0.0.1:1/v1/chat/c") as no:
+        list(provider.chat(QUESTION, CancelScope(9)))
+    assert "secret" not in str(no.value)
 
 
 def test_an_error_is_told_in_short_and_without_the_key():
