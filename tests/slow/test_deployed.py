@@ -118,6 +118,17 @@ def test_the_demonstration_reads_env_and_its_bot_gets_that_alone(folder, run):
     assert "You said: hello" in log()  # these are of a bot elsewhere
 
 
+def test_the_bots_of_tests_read_no_env(folder, run):
+    write(folder, REPLY_MODE="modify")
+    program = (
+        "from simulator import running\n"
+        "with running() as (sim, bot): print(bot.log.read_text())"
+    )
+    log = run([sys.executable, "-c", program], folder)
+    assert run.process.wait(60) == 0
+    assert "replies whole" in log()
+
+
 def test_the_reloader_serves_with_one_bot_and_takes_changes(sim, folder, run):
     write(folder, **bot_settings(sim))
     port, code = free_port(), folder / "botserver.py"
