@@ -6,6 +6,10 @@
     python -m benchmark.faults --seconds 60         for a time
     python -m benchmark.faults --seed 7             with other accidents
 
+The same seed and --messages bring the same accidents, in the same order: they come
+after so many messages and calls, not after a time. If something is wrong, what a user
+saw around the first of each kind is printed.
+
 The exit status is 0 if no message was lost, answered twice or out of order, mangled,
 left open, or given up though Tencent would have taken its answer; if no answer stands
 above its question or leaves a phone's input locked; and if every user heard something
@@ -24,17 +28,18 @@ import random
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 import requests
 
-from simulator import BotProcess, Simulator, interrupt_on_signals
+from simulator import BotProcess, interrupt_on_signals
 
-from .accidents import Accidents, break_services
+from .accidents import KINDS, Accidents, BrokenServices, plan
 from .judge import judge_all
+from .seen import what_was_seen
 from .stage import STORES, stage
 from .users import Users
 
-QUIET = 20.0  # seconds between two accidents; three in one answer make it fail
 NOTICES = 4.0  # seconds in which the bot notices an outage when it is over
 SETTLE = 240.0  # seconds in which everything must be answered at the end
 MUST_BE_ZERO = (
@@ -60,22 +65,36 @@ SETTINGS = {
 }
 
 
-def campaign(store: str, messages: int, seconds: float, seed: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a campaign: a table, and what users saw of what is wrong."""
+
+    table: dict[str, int]
+    seen: list[str]
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing is wrong."""
+        return not any(self.table[name] for name in MUST_BE_ZERO)
+
+
+def campaign(store: str, messages: int, seconds: float, seed: int) -> Outcome:
     """Break everything while users ask; return what came of it."""
-    simulator = Simulator()
+    simulator = BrokenServices(seed)
     with stage(store, simulator, SETTINGS, own_clock=True) as (bot, database):
-        refused = break_services(simulator, seed)
-        accidents = Accidents(bot, database, seed)
-        with Users(simulator) as users:
-            end = time.monotonic() + seconds  # of asking; a database starts slowly
-            while users.acknowledged() < messages and time.monotonic() < end:
-                users.closing.wait(min(QUIET, end - time.monotonic()))
-                print(f"{users.acknowledged():6} {accidents.cause()}", file=sys.stderr)
+        with Users(simulator, seed) as users:
+            accidents = Accidents(bot, database, users)
+            # A database starts slowly: the seconds are those of asking.
+            break_all(accidents, seed, messages, time.monotonic() + seconds)
         left, failed = settle(bot)
         found = judge_all(users.chats, simulator.delivered, accidents.outages)
         found["left in the store"] = left
-        found["failed unduly"] = max(0, failed - len(refused))
-    return {
+        found["failed unduly"] = max(0, failed - len(simulator.never_sent))
+        happened = accidents.log
+        seen = what_was_seen(found, MUST_BE_ZERO, simulator.delivered, happened)
+        if found["left in the store"] or found["failed unduly"]:
+            seen += errors_in(bot)
+    table = {
         "sent": users.asked(),
         "acknowledged": users.acknowledged(),
         "callbacks lost": users.lost(),
@@ -84,11 +103,31 @@ def campaign(store: str, messages: int, seconds: float, seed: int) -> dict[str, 
         "answered": found["answered"],
         **{name: found[name] for name in MUST_BE_ZERO},
         "begun again": found["begun again"],
-        "refused by IM": len(refused),
+        "refused by IM": len(simulator.never_sent),
         **accidents.counts,
         "slowest answer, s": found["slowest"],
         "slowest SIGTERM, s": int(accidents.slowest_stop),
     }
+    return Outcome(table, seen)
+
+
+def break_all(accidents: Accidents, seed: int, messages: int, end: float) -> None:
+    """Let one accident of the seed follow the other, until so many messages or the
+    `end`, whichever comes first."""
+    users = accidents.users
+    for accident in plan(seed, [*KINDS]):
+        at = users.acknowledged() + accident.after
+        if not users.wait_for(min(at, messages), end) or at >= messages:
+            return
+        line = f"{users.acknowledged():6} {accident.kind} ({accident.size:.2f})"
+        print(line, file=sys.stderr)
+        accidents.cause(accident)
+
+
+def errors_in(bot: BotProcess, most: int = 20) -> list[str]:
+    """Return the first errors of a bot's log."""
+    lines = bot.log.read_text(errors="replace").splitlines()
+    return [line for line in lines if " ERROR " in line][:most]
 
 
 def settle(bot: BotProcess) -> tuple[int, int]:
@@ -119,11 +158,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.randrange(1000))
     options = parser.parse_args()
     interrupt_on_signals()
-    print(f"faults, store {options.store}, seed {options.seed}")
-    found = campaign(options.store, options.messages, options.seconds, options.seed)
-    for name, count in found.items():
+    print(f"faults, store {options.store}, seed {options.seed}", flush=True)
+    came = campaign(options.store, options.messages, options.seconds, options.seed)
+    for name, count in came.table.items():
         print(f"{name:24}{count:8,}")
-    sys.exit(any(found[name] for name in MUST_BE_ZERO))
+    print(*came.seen, sep="\n", end="\n" if came.seen else "")
+    sys.exit(not came.is_good)
 
 
 if __name__ == "__main__":

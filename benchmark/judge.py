@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from math import inf
 
 from imbot.texts import TEXTS
@@ -70,31 +71,56 @@ class Answer:
         return begun.startswith(whole) or whole.startswith(begun)
 
 
+class Found(Counter[str]):
+    """How often each thing is wrong, and the question near which it was first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, tuple[float, Chat, int]] = {}  # asked when, where
+
+    def note(self, what: str, chat: Chat, number: int, count: int = 1) -> None:
+        """Count something that is wrong near a question."""
+        self[what] += count
+        asked = (chat.acknowledged | chat.lost).get(number, 0.0)
+        if what not in self.first or asked < self.first[what][0]:
+            self.first[what] = asked, chat, number
+
+
 def judge_all(
     chats: list[Chat], delivered: list[Delivered], outages: Outages | None = None
-) -> Counter[str]:
+) -> Found:
     """Count what is wrong with the answers of all conversations.
 
     Questions whose callback was lost in one of the `outages` have to be answered, too.
     """
-    shown: dict[tuple[str, str], list[Delivered]] = {}
-    for message in delivered:
-        shown.setdefault((message.chat, message.robot), []).append(message)
-    found: Counter[str] = Counter()
+    found, shown = Found(), by_chat(delivered)
     for chat in chats:
-        messages = shown.get((chat.group or chat.user, chat.robot), [])
+        messages = shown_in(chat, shown)
         begun = answers_of(chat, messages)
         pairs = zip_longest(begun, begun[1:])
         answers = [one for one, after in pairs if not one.is_replaced(after)]
-        found.update(judge(chat, answers, chat.owed(outages)))
-        found["begun again"] += len(begun) - len(answers)
-        found["left open"] += sum(not message.closed for message in messages)
+        judge(chat, answers, chat.owed(outages), found)
         if not chat.group:
-            found["misordered"] += not in_order(messages)
-            found.update(judge_on_phone(chat, answers))
-        found["told nothing"] += told_late(chat, answers)
-        found["slowest"] = max(found["slowest"], slowest(chat, answers))
+            judge_on_phone(chat, messages, answers, found)
+        judge_times(chat, messages, answers, found)
+        found["begun again"] += len(begun) - len(answers)
     return found
+
+
+Shown = dict[tuple[str, str], list[Delivered]]
+
+
+def by_chat(delivered: list[Delivered]) -> Shown:
+    """Return the messages of each conversation, by its user or group, and robot."""
+    shown: Shown = {}
+    for message in delivered:
+        shown.setdefault((message.chat, message.robot), []).append(message)
+    return shown
+
+
+def shown_in(chat: Chat, shown: Shown) -> list[Delivered]:
+    """Return the messages of one conversation."""
+    return shown.get((chat.group or chat.user, chat.robot), [])
 
 
 def answers_of(chat: Chat, shown: list[Delivered]) -> list[Answer]:
@@ -128,59 +154,78 @@ def fits(chat: Chat, text: str) -> bool:
     return not end or end != rest and any(whole.startswith(end) for whole in ENDS)
 
 
-def judge(chat: Chat, answers: list[Answer], owed: set[int]) -> Counter[str]:
+def judge(chat: Chat, answers: list[Answer], owed: set[int], found: Found) -> None:
     """Count what is wrong with the answers of one conversation, which are owed.
 
     A text that names no question but says that the AI failed counts as the answer to
     one of the questions between those its neighbours name. Mangled are answers that
     are not whole and do not say so, and those of which a piece is shown again.
     """
+    for near, one in placed(chat, answers):
+        if not (one.ended() and fits(chat, one.text)):
+            found.note("mangled", chat, near)
     numbers = [number for one in answers if (number := one.number()) is not None]
-    named, previous, silent = {*numbers} - {0}, 0, 0
-    sound = [one.ended() and fits(chat, one.text) for one in answers]
-    found = Counter({"mangled": sound.count(False)})
-    found["twice"] = len(numbers) - numbers.count(0) - len(named)
-    found["answered"] = len(named)
-    found["caught up"] = len(named & chat.lost.keys())
+    named = {*numbers} - {0}
+    found["answered"] += len(named)
+    found["caught up"] += len(named & chat.lost.keys())
+    for number, times in Counter(filter(None, numbers)).items():
+        if times > 1:
+            found.note("twice", chat, number, times - 1)
+    previous, silent = 0, 0
     for number in [*numbers, chat.asked + 1]:
         if not number:
             silent += 1
             continue
-        gap = set(range(previous + 1, number)) - named
-        found["misordered"] += number < previous
-        found["lost"] += max(0, len(gap & owed) - silent)
-        found["twice"] += max(0, silent - len(gap))
+        if number < previous:
+            found.note("misordered", chat, number)
+        gap = sorted({*range(previous + 1, number)} - named)
+        for unanswered in [n for n in gap if n in owed][silent:]:
+            found.note("lost", chat, unanswered)
+        if silent > len(gap):
+            found.note("twice", chat, previous or 1, silent - len(gap))
         found["answered"] += min(silent, len(gap))
         previous, silent = number, 0
-    return found
 
 
-def judge_on_phone(chat: Chat, answers: list[Answer]) -> Counter[str]:
-    """Count what is wrong with answers one-to-one as Tencent's clients show them."""
-    places = chat.places
-    above = sum(one.is_above(places.get(one.number() or 0)) for one in answers)
+def placed(chat: Chat, answers: list[Answer]) -> Iterator[tuple[int, Answer]]:
+    """Yield the answers with the question that each stands for: the one it names, else
+    the next that was acknowledged."""
+    last = 0
+    for one in answers:
+        after = (number for number in chat.acknowledged if number > last)
+        last = one.number() or min(after, default=last or 1)
+        yield last, one
+
+
+def judge_on_phone(
+    chat: Chat, messages: list[Delivered], answers: list[Answer], found: Found
+) -> None:
+    """Count what is wrong with answers one-to-one as Tencent's clients show them.
+
+    They sort the messages of a second by MsgSeq.
+    """
     unlocks = MODES.get(chat.robot) in UNLOCKING
-    locked = sum(unlocks and one.stays_locked() for one in answers)
-    return Counter({"above its question": above, "locked": locked})
+    for near, one in placed(chat, answers):
+        if one.is_above(chat.places.get(one.number() or 0)):
+            found.note("above its question", chat, near)
+        if unlocks and one.stays_locked():
+            found.note("locked", chat, near)
+    for before, after in pairwise(messages):
+        if after.place < before.place:
+            found.note("misordered", chat, max(1, question(after.text)))
+            break
 
 
-def told_late(chat: Chat, answers: list[Answer]) -> int:
-    """Count the messages of whose answer nothing came for long; lost are others."""
+def judge_times(
+    chat: Chat, messages: list[Delivered], answers: list[Answer], found: Found
+) -> None:
+    """Count what stays open, and who waited long for a first word; lost are others."""
+    for message in messages:
+        if not message.closed:
+            found.note("left open", chat, max(1, question(message.text)))
     since = chat.lost | chat.acknowledged
-    waits = (
-        one.messages[0].said - since.get(one.number() or 0, inf) for one in answers
-    )
-    return sum(wait > LATE for wait in waits)
-
-
-def in_order(shown: list[Delivered]) -> bool:
-    """Return whether clients, which sort a second by MsgSeq, show it as it was sent."""
-    order = [message.place for message in shown]
-    return order == sorted(order)
-
-
-def slowest(chat: Chat, answers: list[Answer]) -> int:
-    """Return the seconds the slowest answer took after its acknowledgement."""
-    since = chat.acknowledged
-    ends = ((one.messages[-1].time, since.get(one.number() or 0)) for one in answers)
-    return int(max((end - began for end, began in ends if began), default=0))
+    for near, one in placed(chat, answers):
+        if one.messages[0].said - since.get(near, inf) > LATE:
+            found.note("told nothing", chat, near)
+        waited = one.messages[-1].time - chat.acknowledged.get(near, inf)
+        found["slowest"] = max(found["slowest"], int(waited) if waited > 0 else 0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +19,7 @@ from .stage import MODES
 
 USERS, GROUPS, SENDERS = 60, 10, 16
 BACKLOG = 600  # messages not answered yet, at which users hold back
-REDELIVERED = 0.1  # share of the callbacks
+REDELIVERED = 10  # one of so many callbacks
 
 Outages = Sequence[tuple[float, float]]  # when they began and ended, Unix seconds
 
@@ -61,11 +63,15 @@ class Users:
     """The load: every chat asks one question after the other and counts them.
 
     No lost question is asked again, and only callbacks that were acknowledged are
-    delivered once more: the bot has to look up the rest.
+    delivered once more: the bot has to look up the rest. The seed says who asks in
+    which order, and what is delivered once more. With a `rate` they ask that many a
+    second together, else as fast as they are answered.
     """
 
-    def __init__(self, simulator: Simulator) -> None:
+    def __init__(self, simulator: Simulator, seed: int = 0, rate: float = 0) -> None:
         self.simulator, self.closing = simulator, threading.Event()
+        self.seed, self.rate = seed, rate
+        self._turns, self._began = itertools.count(), time.monotonic()
         self.chats = [Chat(f"user{n}", robot) for n in range(USERS) for robot in MODES]
         self.chats += [
             Chat(f"user{n}", robot, f"@TGS#{n}")
@@ -81,6 +87,7 @@ class Users:
         ]
 
     def __enter__(self) -> Users:
+        self._began = time.monotonic()
         for thread in self._threads:
             thread.start()
         return self
@@ -102,18 +109,34 @@ class Users:
         """Return how many of them were lost."""
         return sum(len(chat.lost) for chat in self.chats)
 
-    def _ask_on(self, number: int) -> None:
-        mine, chance = self.chats[number::SENDERS], random.Random(number)
-        while not self.closing.is_set():
+    def wait_for(self, count: int, end: float) -> bool:
+        """Wait until so many were acknowledged; return False if `end` comes first."""
+        while self.acknowledged() < count:
+            if time.monotonic() > end:
+                return False
+            self.closing.wait(0.05)
+        return True
+
+    def _ask_on(self, sender: int) -> None:
+        mine = self.chats[sender::SENDERS]
+        chance = random.Random(f"{self.seed} sender {sender}")
+        while not self.closing.wait(self._pause()):
             late = self.acknowledged() - len(self.simulator.delivered) > BACKLOG
             try:
-                late = late or not self._ask(chance.choice(mine), chance)
+                late = late or not self._ask(chance.choice(mine))
             except requests.RequestException:
                 late = True
             if late:
                 self.closing.wait(0.1)
 
-    def _ask(self, chat: Chat, chance: random.Random) -> bool:
+    def _pause(self) -> float:
+        """Return the seconds until it is the next question's turn."""
+        if not self.rate:
+            return 0.0
+        due = self._began + next(self._turns) / self.rate
+        return max(0.0, due - time.monotonic())
+
+    def _ask(self, chat: Chat) -> bool:
         """Ask the next question; return whether Tencent could tell the bot."""
         number = chat.asked + 1
         event = self._event(chat, f"question [{number}]")
@@ -129,11 +152,15 @@ class Users:
             raise
         chat.acknowledged[number] = time.time()
         del chat.lost[number]
-        if chance.random() < REDELIVERED:
+        if self._picked("kept", chat, number):
             chat.again.append(event)
-        if chat.again and chance.random() < REDELIVERED:
+        if chat.again and self._picked("again", chat, number):
             self.simulator.callback(chat.again.pop())
         return True
+
+    def _picked(self, what: str, chat: Chat, number: int) -> bool:
+        about = (self.seed, what, chat.user, chat.robot, chat.group, number)
+        return zlib.crc32(repr(about).encode()) % REDELIVERED == 0
 
     def _event(self, chat: Chat, text: str) -> Json:
         if not chat.group:

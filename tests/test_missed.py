@@ -475,6 +475,25 @@ def test_a_refused_callback_is_answered_though_the_clock_was_set_back(
     assert said_to(sim, "jared") == ["before", "refused", "refused later"]
 
 
+def test_what_the_network_lost_before_the_clock_was_set_back_stays_unanswered(
+    sim, bots, monkeypatch
+):
+    """Its answer would come after that to a later question."""
+    real, ahead = time.time, [0]
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    bots.start(rate_limit=0)
+    sim.say("jared", ROBOT, "lost")
+    bots.im.say("later")
+    sim.wait(1)
+    poll(lambda: idle(bots.im))
+    ahead[0] = -9
+    poll(lambda: bots.servers().get("number"))
+    poll(bots.is_calm)
+    bots.im.say("last")
+    sim.wait(2)
+    assert bots.answered() == ["later", "last"]
+
+
 def test_a_callback_that_is_refused_during_an_outage_is_not_overtaken(
     stopped, unlisted
 ):
