@@ -19,7 +19,7 @@ from .messages import Json, name_of
 from .tencent import Tencent
 
 KEPT = 500  # callbacks and calls that are remembered
-PARTS = (*range(64), rest.SORRY)  # of an answer
+PARTS = range(rest.SORRY - 64, 64)  # of an answer
 
 
 class Wire(Tencent):

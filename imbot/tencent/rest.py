@@ -25,7 +25,7 @@ from .callback import Json, Message
 
 CONNECT_TIMEOUT = 5  # seconds
 SIG_LIFE = 7 * 86400  # seconds a UserSig is made for; it is renewed at half of that
-SORRY = -1  # the part that says that no answer comes
+SORRY = -1  # the part that says that no more comes; less 1 for each that has arrived
 LARGEST_ANSWER = 1 << 20  # bytes, decompressed; Tencent's own limit (its error 10018)
 ALREADY_FRIENDS = 30520
 # In MsgDropReason of a repeated group message: the first one was shown.
@@ -276,7 +276,7 @@ def numbers(message: Message, part: int) -> tuple[int, int]:
     sets the MsgSeq. https://www.tencentcloud.com/document/product/1047/33526
     """
     digest = hashlib.sha256(f"{message.id}\t{part}".encode()).digest()
-    return (message.seq + 1 + max(0, part)) % 2**32, int.from_bytes(digest[:4])
+    return (message.seq + 1 + abs(part)) % 2**32, int.from_bytes(digest[:4])
 
 
 def text_element(text: str) -> Json:
