@@ -133,20 +133,20 @@ def short_windows(monkeypatch):
     return replace(QUICK, duplicate_window=0.2, duplicate_window_group=0.2)
 
 
-@pytest.mark.parametrize("place", ["one-to-one", "group"])
 @pytest.mark.parametrize(
-    ("mode", "part"),  # an edit may be made again, so its part is none
+    ("mode", "part", "place", "how"),  # an edit may be made again, so its part is none
     [
-        ("whole", "aaa"),
-        ("whole", "bbb"),
-        ("card", "aaa"),
-        ("modify", "bbb"),
-        ("custom", "bbb"),
-        ("not to be opened", "aaa"),
-        ("not to be opened", "bbb"),
+        ("whole", "aaa", "one-to-one", "late"),
+        ("whole", "bbb", "group", "late"),
+        ("whole", "aaa", "group", "lost"),
+        ("whole", "bbb", "one-to-one", "lost"),
+        ("card", "aaa", "one-to-one", "late"),
+        ("modify", "bbb", "group", "late"),
+        ("custom", "bbb", "one-to-one", "late"),
+        ("not to be opened", "aaa", "one-to-one", "late"),
+        ("not to be opened", "bbb", "group", "late"),
     ],
 )
-@pytest.mark.parametrize("how", ["late", "lost"])
 def test_what_may_have_arrived_is_not_sent_beyond_tencents_window(
     sim, make_app, short_windows, caplog, place, part, mode, how
 ):
@@ -227,7 +227,7 @@ def test_what_surely_did_not_arrive_is_sent_beyond_tencents_window(
     assert answer.text.startswith("You said: tell") and time.monotonic() > began + 0.9
 
 
-@each_mode
+@pytest.mark.parametrize("mode", ["whole", "custom", "stream"])
 @pytest.mark.parametrize("away", ["in the middle", "after the last part"])
 def test_a_store_away_as_an_answer_is_sent_lets_nothing_be_sent_again(
     sim, make_app, mode, away

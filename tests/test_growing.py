@@ -38,7 +38,9 @@ def vue(sim):
     return [*sim.kit_chat("vue", "jared", "@RBT#001").shown.values()]
 
 
-@each_place
+@pytest.mark.parametrize(
+    "place", ["one-to-one", pytest.param("group", marks=pytest.mark.slow)]
+)
 @each_mode
 def test_every_mode_ends_closed_and_true_while_im_fails(sim, make_app, mode, place):
     answers = tell_sixteen(sim, make_app, mode, place)

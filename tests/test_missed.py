@@ -11,7 +11,7 @@ import pytest
 from conftest import FAST, Caller, idle, poll, said_to
 
 from imbot.missed import server_name
-from imbot.queue import StoreError
+from imbot.queue import StoreError, Workers
 from imbot.settings import Persona
 from imbot.tencent import callback, history
 from imbot.texts import TEXTS
@@ -372,6 +372,14 @@ def test_after_a_short_restart_messages_wait_until_it_is_noticed(stopped):
     assert stopped.im.say("after").status_code == 200
     sim.wait(3)
     assert stopped.answered() == ["before", "during", "after"]
+
+
+def test_an_outage_is_noted_before_the_first_callback(stopped, monkeypatch):
+    """Another server, which is well, may claim the message that it brings."""
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    stopped.launch()
+    servers = stopped.servers()
+    assert server_name() in servers["well"] and servers["outages"]
 
 
 def test_a_server_that_starts_beside_others_that_are_well_looks_nothing_up(stopped):
