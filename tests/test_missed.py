@@ -280,7 +280,7 @@ def test_long_lists_are_read_to_their_end(stopped):
 
 
 @pytest.mark.parametrize("memory", ["group", "member"])
-def test_in_a_group_a_mention_in_the_text_is_looked_for(stopped, memory):
+def test_in_a_group_a_mention_in_the_text_is_looked_for(stopped, memory, unlisted):
     sim = stopped.sim
 
     def write(text, user="jared", **fields):
@@ -296,6 +296,8 @@ def test_in_a_group_a_mention_in_the_text_is_looked_for(stopped, memory):
     robots = {ROBOT: Persona(nick="Ada")}
     stopped.launch(robots=robots, group_memory=memory, rate_limit=0)
     stopped.im.post(sim.say_in_group("jared", GROUP, "after", [ROBOT]))
+    sim.wait(6)
+    unlisted.set()
     assert len(stopped.answered(GROUP)) == 6
     asked = Counter(
         asked["messages"][-1]["content"].removeprefix("jared: ").removeprefix("lin: ")
