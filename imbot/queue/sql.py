@@ -174,6 +174,7 @@ SQL = {
             data = NULL, reply = NULL, progress = NULL, reason = NULL
         WHERE seq IN (SELECT seq FROM message WHERE conversation = :conversation
             AND state IN ('done', 'failed') LIMIT :batch)
+            AND state IN ('done', 'failed')  -- one may have been retried meanwhile
         RETURNING 1""",
     "recall": f"{_RECALL} WHERE id = :id AND state <> 'failed'",
     "recall_like": f"""{_RECALL} WHERE id LIKE :id ESCAPE '\\' AND state <> 'failed'
