@@ -91,6 +91,10 @@ ADD_VERSION = """ALTER TABLE message
     ADD COLUMN {if_not_exists} version INTEGER NOT NULL DEFAULT 1"""
 
 _HELD = "name = :conversation AND token = :token"
+# What a user recalled: the worker finds `data` instead, or the memory nothing.
+_RECALL = """UPDATE message SET reply = NULL,
+    state = CASE WHEN state = 'open' THEN 'open' ELSE 'gone' END,
+    data = CASE WHEN state = 'open' THEN :data END"""
 
 SQL = {
     # The first app owns the database; return the owner.
@@ -170,16 +174,11 @@ SQL = {
             data = NULL, reply = NULL, progress = NULL, reason = NULL
         WHERE seq IN (SELECT seq FROM message WHERE conversation = :conversation
             AND state IN ('done', 'failed') LIMIT :batch)
+            AND state IN ('done', 'failed')  -- one may have been retried meanwhile
         RETURNING 1""",
-    # What a user recalled: the worker finds `data` instead, or the memory nothing.
-    "recall": """UPDATE message SET
-            state = CASE WHEN state = 'open' THEN 'open' ELSE 'gone' END,
-            data = CASE WHEN state = 'open' THEN :data END, reply = NULL
-        WHERE id = :id AND state <> 'failed'""",
-    "recall_like": """UPDATE message SET
-            state = CASE WHEN state = 'open' THEN 'open' ELSE 'gone' END,
-            data = CASE WHEN state = 'open' THEN :data END, reply = NULL
-        WHERE id LIKE :id ESCAPE '\\' AND state <> 'failed'""",
+    "recall": f"{_RECALL} WHERE id = :id AND state <> 'failed'",
+    "recall_like": f"""{_RECALL} WHERE id LIKE :id ESCAPE '\\' AND state <> 'failed'
+        AND seq > (SELECT max(seq) FROM message) - :recent""",
     "put": """INSERT INTO kept (name, value, put_at) VALUES (:name, :value, {now})
         ON CONFLICT (name) DO UPDATE SET value = excluded.value, put_at = {now}""",
     "put_first": """INSERT INTO kept (name, value, put_at) VALUES (:name, '{{}}', {now})

@@ -42,6 +42,7 @@ from .sql import (
 )
 
 MAX_ATTEMPTS = 3  # claims that may expire before the message is marked failed
+RECENT = 20_000  # messages among which one that was recalled is sought
 CHECKED = "x" * 8192  # what `check` writes
 UNREADABLE = "it cannot be read"
 DURABLE = (add_step, check_step, "save_reply")  # on disk before they return
@@ -328,10 +329,10 @@ class Store:
     def recall(self, id: str, data: Data) -> None:
         """Forget a message; if it is open, its worker gets `data` in its place.
 
-        An `id` with % is a pattern of LIKE, for which the store looks at all messages.
+        An `id` with % is a pattern of LIKE, sought among the last RECENT messages.
         """
         step = "recall_like" if "%" in id else "recall"
-        self._run(step, id=id, data=json.dumps(data))
+        self._run(step, id=id, data=json.dumps(data), recent=RECENT)
 
     def put(self, name: str, value: Data) -> None:
         """Keep a value under a name, instead of the one before."""

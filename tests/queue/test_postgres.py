@@ -245,6 +245,20 @@ def test_a_claim_waits_for_nobody_who_writes_to_a_conversation(store, url):
 
 
 @pytest.mark.slow
+def test_what_is_retried_while_it_is_to_be_forgotten_stays_open(store, url):
+    put(store, "1")
+    store.fail(store.claim(), "no")
+    retried = """UPDATE message SET state = 'open', ended = NULL;
+        INSERT INTO conversation (name, open, due) VALUES ('jared', 1, 0)"""
+    forgetting = threading.Thread(target=store.forget, args=("jared",))
+    with beside(url, retried):
+        forgetting.start()
+        poll(lambda: query(url, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+    forgetting.join()
+    assert store.state("1") == "open" and store.claim().data["text"] == "text of 1"
+
+
+@pytest.mark.slow
 def test_a_start_waits_for_nobody_who_looks_after_the_tables(store, url):
     with beside(url, "LOCK TABLE message IN SHARE UPDATE EXCLUSIVE MODE"):  # vacuum
         with closing(opened(url)) as another:

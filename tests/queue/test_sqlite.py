@@ -403,6 +403,7 @@ MEANT_SCANS = {
     "load": {"SCAN conversation"},  # counts all of it; it holds only what is open
     "stats": {ALL_OPEN, FAILED},  # finds the oldest of what is open
     "failed": {FAILED},
+    "recall_like": {"SEARCH message"},  # for its last
 }
 
 

@@ -469,6 +469,19 @@ def test_a_chat_of_a_hundred_thousand_answers_is_forgotten(store, url):
     assert query(url, "SELECT count(*) FROM message WHERE data IS NOT NULL") == [(0,)]
 
 
+@pytest.mark.parametrize("pattern", ["2", "%2%"])
+def test_what_was_recalled_is_forgotten_or_has_other_data(store, pattern):
+    put(store, "1", "2")
+    answer(store)
+    store.recall(pattern, {"text": "recalled"})
+    claim = store.claim()
+    assert (claim.id, claim.data) == ("2", {"text": "recalled"})
+    store.save_reply(claim, "yes", {})
+    store.finish(claim)
+    store.recall(pattern, {"text": "recalled"})
+    assert texts(store) == [("text of 1", "yes")] and store.state("2") == "gone"
+
+
 def test_what_ended_is_pruned_in_time_and_what_is_open_never(store):
     store.batch = 2
     put(store, *"12345")
