@@ -1,6 +1,6 @@
 """Asking again with less: what a question can do without when a service refuses it.
 
-    attempts = Attempts(question, lessons, optional, keeps_history)
+    attempts = Attempts(question, lessons, preset, remembers)
     attempts.question()          # what to ask
     attempts.shrink(error)       # after a refusal: whether there is less to ask
     attempts.answered()          # what helped is remembered for the next question
@@ -46,7 +46,7 @@ class Lessons:
     unsure: set[str] = field(default_factory=set)  # others that were made with them
     taken: set[str] = field(default_factory=set)  # what it was asked with and answered
     room: float = float("inf")  # characters of all messages that it takes
-    filtered: set[int] = field(default_factory=set)  # hashes of turns it refuses
+    filtered: set[int] = field(default_factory=set)  # where chats begin anew, see _mark
     told: dict[str, str] = field(default_factory=dict)  # by cut, for the operator
 
 
@@ -87,6 +87,11 @@ def _join(*both: Any) -> Any:
         return "\n\n".join(both)
     lists = ([{"type": "text", "text": c}] if isinstance(c, str) else c for c in both)
     return [part for parts in lists for part in parts]
+
+
+def _mark(turns: list[Json]) -> int:
+    """Return by what the end of some turns is known again: the last two."""
+    return hash(tuple(words(turn) for turn in turns[-2:]))
 
 
 class Attempts:
@@ -133,11 +138,11 @@ class Attempts:
 
     def _turns(self) -> list[Json]:
         """Return the old turns that the service takes."""
-        turns, room = self.turns, self.lessons.room
-        for number, turn in enumerate(self.turns, 1):
-            if hash(words(turn)) in self.lessons.filtered:
-                turns = self.turns[number:]
-        room -= size([*self.system, self.last])
+        turns, room = self.turns, self.lessons.room - size([*self.system, self.last])
+        filtered = self.lessons.filtered
+        ends = range(len(turns), 0, -1) if filtered else ()
+        known = (end for end in ends if _mark(turns[:end]) in filtered)
+        turns = turns[next(known, 0) :]
         while turns and size(turns) > room and "history" in self.possible:
             turns = turns[1:]
         return [] if "history" in self.less else turns
@@ -171,7 +176,7 @@ class Attempts:
             return ""
         *others, (cut, error) = self.cuts
         if error.kind == "filter":
-            lessons.filtered |= {hash(words(turn)) for turn in self.turns}
+            lessons.filtered.add(_mark(self.turns))
         elif cut == "history":
             fits = size(self.question().messages)
             lessons.room = min(lessons.room, max(fits, self.before // 2))
