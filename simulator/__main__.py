@@ -25,7 +25,7 @@ from dotenv import find_dotenv, load_dotenv
 from imbot.settings import robots_file
 from providers import PROVIDERS
 
-from .ai import AI_KEY, actor
+from .ai import actor
 from .bot import ROOT, bot_settings, interrupt_on_signals, running
 from .botlog import warnings_told
 from .page import PACE
@@ -131,7 +131,8 @@ def demo_settings(environment: Mapping[str, str]) -> dict[str, str]:
     chinese = environment.get("LANG", "").startswith("zh")
     settings = {"REPLY_MODE": "custom", "BOT_LANGUAGE": "zh" if chinese else "en"}
     ours: tuple[str, ...] = ("IM_",)
-    if environment.get("AI_SECRET_KEY") == AI_KEY:  # .env is for a bot elsewhere
+    stand_in = environment.get("IM_API_URL", "") + "/v1"
+    if environment.get("AI_BASE_URL") == stand_in:  # as --bot prints it for .env
         ours = ("IM_", "AI_")
     for name, value in environment.items():
         if value and name not in OURS and not name.startswith(ours):

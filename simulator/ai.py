@@ -11,7 +11,6 @@ from typing import Any
 
 from .messages import Json
 
-AI_KEY = "stand-in-ai-key"
 DONE = b"data: [DONE]\n\n"
 MARKDOWN = """\
 Here is **Markdown** as an AI writes it, with a [link](https://www.tencentcloud.com):
@@ -55,7 +54,7 @@ class AIService:
     """
 
     def __init__(self) -> None:
-        self.ai_key = AI_KEY
+        self.ai_key = "stand-in-ai-key"
         self.ai_requests: list[Json] = []
         self.ai_ended = 0  # answers of which no more will be sent
         self.ai_delay = 0.0  # seconds before an answer

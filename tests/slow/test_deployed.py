@@ -14,7 +14,7 @@ import pytest
 import requests
 from conftest import HERE, poll
 
-from simulator import free_port, lifeline
+from simulator import Simulator, free_port, lifeline
 from simulator.bot import bot_settings
 
 pytestmark = pytest.mark.slow
@@ -112,10 +112,11 @@ def test_the_demonstration_reads_env_and_its_bot_gets_that_alone(folder, run):
     log = run([sys.executable, "-m", "simulator", "--say", "你好"], folder)
     assert run.process.wait(60) == 0
     assert "机器人（由 gunicorn 运行）" in log() and "REPLY_MODE=modify" in log()
-    write(folder, AI_SECRET_KEY="stand-in-ai-key", AI_BASE_URL="http://127.0.0.1:1/v1")
+    with Simulator() as sim:  # which printed this with --bot, and has ended since
+        write(folder, **bot_settings(sim))
     log = run([sys.executable, "-m", "simulator", "--say", "hello"], folder)
     assert run.process.wait(60) == 0
-    assert "You said: hello" in log()  # these are of a bot elsewhere
+    assert "You said: hello" in log()
 
 
 def test_the_bots_of_tests_read_no_env(folder, run):
