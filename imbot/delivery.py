@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .ai import ProviderError
 from .chat import Answer, Chat, Said
@@ -47,15 +48,16 @@ class Outbox:
         every = timing.minute if rated else timing.notice_every
         place = (message.robot, message.group or message.user)
         id = "\t".join((why, *place, f"{time.time() // every:.0f}"))
-        return self.say(message, conversation, id, self.texts[why])
+        return self.say(message, conversation, id, self.texts[why]) == Added.NEW
 
-    def say(self, message: Message, conversation: str, id: str, text: str) -> bool:
+    def say(
+        self, message: Message, conversation: str, id: str, text: str, **limits: Any
+    ) -> Added:
         """Send a sentence beside the answers of a conversation, once for each id."""
         about = replace(message, text="", quote="", images=())  # nobody needs them
         beside = f"{conversation}\tnotice"
-        room = self.settings.max_waiting
-        added = self.workers.add(id, beside, about.data(), room=room, reply=text)
-        return added == Added.NEW
+        limits["room"] = self.settings.max_waiting
+        return self.workers.add(id, beside, about.data(), reply=text, **limits)
 
 
 class Delivery:

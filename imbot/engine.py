@@ -185,17 +185,25 @@ class Engine:
             self.outbox.say(message, self.conversation(message), message.id, "")
 
     def _add(self, message: Message, chat: str) -> str:
-        """Add a message to the store; return the limit it hit, or ""."""
+        """Add a message to the store; return the limit it hit, or "".
+
+        A member has a quarter of what a group may have waiting.
+        """
+        room = self.settings.max_waiting
         added = self.workers.add(
             message.id,
             chat,
             message.data(),
-            asker=message.user,
-            sent=message.sent,
-            room=self.settings.max_waiting,
-            rate=self.settings.rate_limit or NO_LIMIT,
+            room=room,
+            share=max(1, room // 4) if message.group else None,
+            **self._rate(message),
         )
         return "" if added in (Added.NEW, Added.KNOWN) else added
+
+    def _rate(self, message: Message) -> dict[str, Any]:
+        """Return what RATE_LIMIT counts a message by."""
+        rate = self.settings.rate_limit or NO_LIMIT
+        return {"asker": message.user, "sent": message.sent, "rate": rate}
 
     def may_ask(self, message: Message) -> bool:
         """Check ALLOW_USERS and ALLOW_GROUPS."""
@@ -212,7 +220,11 @@ class Engine:
         chat = self.conversation(message)
         by_button = message.kind == "stop"  # whoever pressed it sees that it worked
         text = "" if by_button else self.texts["stop"]
-        if self.outbox.say(message, chat, message.id, text):
+        limits = self._rate(message)
+        added = self.outbox.say(message, chat, message.id, text, **limits)
+        if added == Added.RATE_LIMITED:
+            self.refuse(message, added)
+        if added != Added.KNOWN:
             self.workers.cancel(chat)
 
     def conversation(self, message: Message) -> str:

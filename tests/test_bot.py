@@ -283,3 +283,28 @@ def recall_of(event):
         "To_Account": event["To_Account"],
         "MsgKey": event["MsgKey"],
     }
+
+
+def test_stops_count_against_the_rate_and_stop_all_the_same(sim, make_app):
+    im = Caller(sim, make_app(rate_limit=3, bot_language="en").test_client())
+    for number in range(12):
+        im.post(sim.say_in_group("jared", "@TGS#demo", "/stop", ["@RBT#001"]))
+    poll(lambda: len(sim.delivered) == 4 and idle(im))
+    assert [m.text for m in sim.delivered].count("@jared I have stopped.") == 3
+    sim.ai_delay = 20
+    im.post(sim.say_in_group("lin", "@TGS#demo", "a question", ["@RBT#001"]))
+    poll(lambda: sim.ai_requests)
+    im.post(sim.say_in_group("jared", "@TGS#demo", "/stop", ["@RBT#001"]))
+    poll(lambda: "(stopped)" in sim.delivered[-1].text and idle(im))
+
+
+def test_a_member_has_a_quarter_of_a_groups_queue(sim, make_app):
+    im = Caller(sim, make_app(max_waiting=8).test_client())
+    sim.ai_delay = 0.3
+    for number in range(6):
+        im.post(sim.say_in_group("jared", "@TGS#demo", f"j{number}", ["@RBT#001"]))
+    im.post(sim.say_in_group("lin", "@TGS#demo", "l", ["@RBT#001"]))
+    poll(lambda: len(sim.delivered) == 4 and idle(im))
+    texts = [message.text for message in sim.delivered]
+    assert ["消息太多" in text for text in texts].count(True) == 1
+    assert [t[17:].split(" (")[0] for t in texts if "You" in t][-1].endswith("l")

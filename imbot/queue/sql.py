@@ -38,7 +38,7 @@ class Added(StrEnum):
 
     NEW = "new"
     KNOWN = "known"  # the id was added before
-    QUEUE_FULL = "queue_full"  # `room` messages of the conversation are open
+    QUEUE_FULL = "queue_full"  # `room` messages are open, or `share` of the asker's
     RATE_LIMITED = "rate_limited"  # the asker sent `rate` in the minute before
 
 
@@ -90,6 +90,8 @@ CREATE TABLE IF NOT EXISTS about (
 ADD_VERSION = """ALTER TABLE message
     ADD COLUMN {if_not_exists} version INTEGER NOT NULL DEFAULT 1"""
 
+_OWN = """SELECT count(*) FROM message
+    WHERE conversation = :conversation AND state = 'open' AND asker = :asker"""
 _HELD = "name = :conversation AND token = :token"
 # What a user recalled: the worker finds `data` instead, or the memory nothing.
 _RECALL = """UPDATE message SET reply = NULL,
@@ -108,13 +110,14 @@ SQL = {
         RETURNING open""",
     # Keep a message, unless it is known or a limit is reached. Messages of one second
     # come in any order.
-    "insert": """INSERT INTO message
+    "insert": f"""INSERT INTO message
             (id, conversation, asker, data, reply, remember, sent, accepted, version)
         SELECT :id, :conversation, nullif(:asker, ''), :data, :reply,
-            :remember, :sent, {now}, :version
-        WHERE :open <= :room AND :rate > (SELECT count(*) FROM message
+            :remember, :sent, {{now}}, :version
+        WHERE :open <= :room AND (:share IS NULL OR :share > ({_OWN})) AND :rate > (SELECT count(*) FROM message
             WHERE asker = :asker AND sent BETWEEN :sent - :minute AND :sent + 1)
         ON CONFLICT (id) DO NOTHING RETURNING 1""",
+    "own_open": _OWN,
     # Count a message out that was not kept.
     "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",
     "is_known": "SELECT 1 FROM message WHERE id = :id",
@@ -217,7 +220,9 @@ def add_step(execute: Execute, values: Data) -> Added:
     execute("drop", values)
     if execute("is_known", values):
         return Added.KNOWN
-    return Added.QUEUE_FULL if open > values["room"] else Added.RATE_LIMITED
+    [(own,)] = execute("own_open", values)
+    full = open > values["room"] or own >= (values["share"] or NO_LIMIT)
+    return Added.QUEUE_FULL if full else Added.RATE_LIMITED
 
 
 def claim_step(execute: Execute, values: Data) -> tuple[str, int, Rows] | None:

@@ -149,6 +149,7 @@ class Store:
         data: Data,
         asker: str = "",
         room: int = NO_LIMIT,
+        share: int | None = None,
         rate: int = NO_LIMIT,
         reply: Any = None,
         sent: float = 0.0,
@@ -156,15 +157,20 @@ class Store:
     ) -> Added:
         """Keep a message on disk, once however often it is delivered.
 
-        It is refused if `room` messages of the conversation are open, or if `asker`,
-        unless empty, sent `rate` in the minute before. With a `reply` there is nothing
+        It is refused if `room` messages of the conversation are open, or `share` of
+        `asker`, or if `asker`, unless empty, sent `rate` in the minute before. With a `reply` there is nothing
         to ask, and it is in the history only if `remember` says so. Messages of a
         conversation are ordered by when they were `sent`, Unix seconds, then by when
         they were added.
         """
         values: Data = {"id": id, "conversation": conversation, "asker": asker}
         values |= {"data": json.dumps(data), "reply": _dump(reply), "sent": sent}
-        values |= {"room": room, "rate": rate, "minute": self.timing.minute}
+        values |= {
+            "room": room,
+            "share": share,
+            "rate": rate,
+            "minute": self.timing.minute,
+        }
         values |= {"remember": int(remember or reply is None)}
         values |= {"version": self.row_version}
         self._callbacks.append(None)
