@@ -31,18 +31,9 @@ class GrowingReply(PlainReply):
     def open(self) -> None:
         if self.progress.key is None and not self.progress.plain:
             with self._or_plain():
-                self._open()
-
-    def _open(self) -> None:
-        progress, began = self.progress, time.time()
-        progress.sending = OPENING
-        try:
-            progress.key = self.begin(self.known_until())
-        except IMError as error:
-            if error.may_have_arrived:
-                progress.unconfirmed = progress.unconfirmed or began
-            raise
-        self._note_sent(0)
+                with self.noting(OPENING):
+                    self.progress.key = self.begin(self.known_until())
+                self._note_sent(0)
 
     def begin(self, until: float) -> Any:
         """Send the initial message and return the key for editing it.
