@@ -16,6 +16,7 @@ from ..timing import NORMAL, Timing
 from .sql import ADD_VERSION, SCHEMA, Data, Rows, Step
 from .store import DURABLE, Store, StoreError
 
+SMALLEST = 512  # bytes of a file with tables; SQLite notices if other pages are missing
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 REPAIR = "stop the server, move the file and its -wal away, and start again"
 HAS_VERSION = "SELECT 1 FROM pragma_table_info('message') WHERE name = 'version'"
@@ -100,7 +101,7 @@ class SQLiteStore(Store):
             raise StoreError(f"{self.path} cannot be read: {error.strerror}") from None
         if not now or not os.path.samestat(now, self._file):
             raise StoreError(f"{self.path} was deleted or replaced: restart")
-        if now.st_size < self._file.st_size:  # nothing here makes it smaller
+        if now.st_size < SMALLEST:
             raise StoreError(f"{self.path} was truncated: {REPAIR}")
 
     def _explain(self, what: str, error: Exception) -> str:

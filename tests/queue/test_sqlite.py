@@ -325,6 +325,21 @@ def test_a_truncated_file_is_noticed(store, path):
     all_refuse(store, "store.db was truncated: stop the server, move")
 
 
+def test_an_operator_may_vacuum_the_file(store, url, path):
+    for number in range(50):
+        store.add(str(number), "jared", {"text": "x" * 10_000})
+        store.save_reply(claim := store.claim(), "yes", {}, remember=False)
+        store.finish(claim)
+    store.prune(60)  # writes the WAL back
+    before = path.stat().st_size
+    query(url, "VACUUM")
+    query(url, "PRAGMA wal_checkpoint(TRUNCATE)")
+    assert path.stat().st_size < before
+    put(store, "new")
+    store.check()
+    assert waiting(store) == 1
+
+
 def damage(path):
     """Overwrite the page on which a table begins."""
     with closing(sqlite3.connect(path)) as file:
