@@ -80,7 +80,7 @@ def test_twenty_questions_are_answered_with_one_more_call_each_at_most(what, wor
         before = len(service.asked)
         service.ask(f"question {number}", picture=number % 2 == 0)
         calls.append(len(service.asked) - before)
-    assert calls[0] <= 5  # each cut once
+    assert calls[0] <= (1 + len(what) if words else 5)  # each cut once, at most
     assert max(calls[1:]) <= 2
     assert sum(calls[1:]) <= 19 + 3
     assert calls[10:] == [1] * 10
@@ -96,6 +96,25 @@ def test_what_was_not_needed_is_sent_again():
     assert isinstance(asked["messages"][-1]["content"], list)
 
 
+def test_all_that_was_not_needed_is_sent_again():
+    service = Refusing(["system"], words={})
+    service.turns = [{"role": "user", "content": "before"}]
+    for _ in range(6):
+        left_out = service.ask("hello, how are you?")
+    asked = service.asked[-1]
+    assert "reasoning_effort" in asked and "max_completion_tokens" in asked
+    assert len(asked["messages"]) > 9 and not left_out
+
+
+def test_a_picture_without_which_it_does_not_answer_either_is_told():
+    body = ai_json({"error": {"message": "image input is not supported"}}).encode()
+    provider, tries = ai_service(body, status=400, extra={})
+    question = {"role": "user", "content": [{"type": "text", "text": "x"}, PICTURE]}
+    with pytest.raises(ProviderError, match="AI_IMAGES=0") as caught:
+        list(provider.chat([question], CancelScope(9)))
+    assert (caught.value.kind, len(tries)) == ("no_vision", 3)
+
+
 def test_the_user_learns_which_picture_was_not_read():
     service = Refusing(["pictures"])
     assert [service.ask("hello", n != 2) for n in range(4)] == [
@@ -107,18 +126,21 @@ def test_the_user_learns_which_picture_was_not_read():
     assert [len(a["messages"][-1]["content"]) for a in service.asked][1:] == [5] * 4
 
 
-def test_history_that_is_too_long_is_halved():
-    service = Refusing([])
-    service.what, REFUSALS["much"] = ["much"], lambda a: len(str(a["messages"])) > 4000
+def test_history_that_is_too_long_is_halved(caplog):
+    service, limit = Refusing([]), 4000
+    service.what = ["much"]
+    REFUSALS["much"] = lambda asked: len(str(asked["messages"])) > limit
     service.words = {"much": "This model's maximum context length is 1024 tokens"}
     for number in range(60):
-        before = len(service.asked)
+        before, limit = len(service.asked), 4000 if number < 30 else 1500
         service.ask(f"{number} " + "word " * 20, picture=False)
         assert len(service.asked) - before <= 2
     del REFUSALS["much"]
     told = [len(str(asked["messages"])) for asked in service.asked]
-    assert len(told) < 60 + 6
-    assert min(told[40:]) > 1000  # history is sent again, as much as fits
+    assert 60 + 1 < len(told) < 60 + 6
+    assert len(caplog.records) == 1
+    assert sorted(told[20:30])[1] > 1000  # history is sent again, as much as fits
+    assert min(told[-20:]) > 600
 
 
 def test_a_filter_that_an_old_turn_hits_leaves_that_turn_out():
