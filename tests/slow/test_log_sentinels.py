@@ -41,13 +41,20 @@ SECRETS = {
 }
 AI_STATUSES = (400, 401, 402, 403, 404, 405, 408, 413, 429, 451, 500, 503, 529)
 AI_PLACES = ("error", "base_resp", "detail", "choices")
-IM_CODES = (80001, 20003, 10007, 90012, 60007, 90994, 70001, 1)
+IM_CODES = (80001, 20003, 10007, 90012, 60007, 90994, 70001, 1, 0)  # 0: no answer
+LATER = 3  # of these: they may be taken later
 BROKEN = ("accept", "compose", "stream", "thread")  # parts of the fork below
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) [\w.]+ "
     r"|\[\d{4}-\d\d-\d\d [^]]+\] \[\d+\] \[[A-Z]+\] "
     r"|  \S?|$|}$|[a-z_]+: "  # a traceback; gunicorn's settings at its level debug
 )
+OTHERS = """
+["@RBT#nowhere"]
+base_url = "http://127.0.0.1:1"
+["@RBT#wrong"]
+secret_key_env = "AI_SECRET_KEY_DIFY"
+"""
 FORK = """
 import threading
 import botserver
@@ -94,7 +101,8 @@ class Echo(Simulator):
         super().__init__(key=SECRETS["IM_KEY"])
         self.token = SECRETS["IM_CALLBACK_TOKEN"].split(",")[1]
         self.ai_key = self.secret = SECRETS["AI_SECRET_KEY"]
-        self.robots = dict.fromkeys(MODES, f"{MARK}, the nick of a robot")
+        robots = [*MODES, "@RBT#nowhere", "@RBT#wrong"]
+        self.robots = dict.fromkeys(robots, f"{MARK}, the nick of a robot")
         self.ai_answer = lambda messages: f"{MARK} is what the AI says.\n" * 9
         self.ai_fault, self.sigs = self.fail, set()
         self.here = threading.local()
@@ -131,6 +139,8 @@ class Echo(Simulator):
             return super().rest(command, query, body)
         info = f"{query['usersig']} {body.decode()} {json.loads(body)}{FORGED}"
         code = int(found[1])
+        if not code:
+            return None
         return {"ActionStatus": "FAIL", "ErrorCode": code, "ErrorInfo": info}
 
 
@@ -275,6 +285,8 @@ def break_answers(run):
     for how in (*AI_STATUSES, *AI_PLACES):
         for robot in ("@RBT#whole", "@RBT#stream"):
             sim.say(sim.user(f"asks ai {how}"), robot, f"{TEXT} [ai {how}]{FORGED}")
+    for robot in ("@RBT#nowhere", "@RBT#wrong"):
+        sim.say(sim.user(f"asks {robot}"), robot, TEXT)
     for code in IM_CODES:
         for robot in MODES:
             sim.say(sim.user(f"is im {code}"), robot, f"{TEXT} {code}")
@@ -284,15 +296,16 @@ def break_answers(run):
         for how in ("400", "error"):
             robots = [*MODES][:2]
             sim.say_in_group("jared", group, f"{TEXT} [ai {how}]", robots)
-    final = len(MODES) * 4  # of IM_CODES
+    final = len(MODES) * (len(IM_CODES) - LATER)
     poll(lambda: run.healthz()["failed"] >= final and settled(run), 60)
     told = {message.chat for message in sim.delivered}
     assert told >= {f"asks ai {how}" for how in (*AI_STATUSES, *AI_PLACES)}
+    assert told >= {"asks @RBT#nowhere", "asks @RBT#wrong"}
 
 
 def settled(run):
     """Return whether only what Tencent may take later is left."""
-    later = len(MODES) * (len(IM_CODES) - 4)
+    later = len(MODES) * LATER
     state = run.healthz()
     return state["waiting"] + state["in_work"] <= later
 
