@@ -66,6 +66,11 @@ class SQLiteFile:
             other.execute("BEGIN EXCLUSIVE")
             time.sleep(seconds)
 
+    def sizes(self) -> tuple[int, int]:
+        """Return the bytes of the database and of its write-ahead log."""
+        log = self.path.with_name(f"{self.path.name}-wal")
+        return self.path.stat().st_size, log.stat().st_size if log.exists() else 0
+
 
 class _Server:
     """A program that serves a port from a folder of its own."""
@@ -175,6 +180,11 @@ class PostgresServer(_Server):
         time.sleep(seconds)
         self.start()
 
+    def sizes(self) -> tuple[int, int]:
+        """Return the bytes of the database and of its write-ahead log."""
+        data = self.folder / "data"
+        return size_of(data / "base"), size_of(data / "pg_wal")
+
     def _prepare(self) -> None:
         super()._prepare()
         password = self._own("password", self.password)
@@ -200,6 +210,15 @@ class PostgresServer(_Server):
         words = f"-q -t 1 -h 127.0.0.1 -p {self.port}".split()
         ready = [str(self._programs / "pg_isready"), *words]
         return subprocess.run(ready, **self._ours()).returncode == 0
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder, which may come and go meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 class PgBouncer(_Server):

@@ -24,8 +24,9 @@ MODES = {
 }
 DATABASES: dict[str, Callable[[], Database]] = {
     "sqlite": SQLiteFile,
-    # As few connections as the smallest plans of platforms have.
-    "postgres": lambda: PostgresServer(max_connections=20),
+    # As few connections as the smallest plans of platforms have, and a log that is full
+    # soon enough for a soak to see whether it grows.
+    "postgres": lambda: PostgresServer(max_connections=20, max_wal_size="128MB"),
 }
 STORES = [*DATABASES, "gevent"]  # see stage
 GEVENT = " --worker-class gevent --keep-alive 0"

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -112,7 +113,8 @@ def set_up_logging(level: str, secrets: Iterable[str] = ()) -> None:
 class LineFormatter(logging.Formatter):
     """Formats an event as one line, without secrets; a traceback follows indented.
 
-    So no text from outside can look like an event of its own.
+    So no text from outside can look like an event of its own. Of an exception only its
+    name is shown: its text may quote a message.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
@@ -124,5 +126,18 @@ class LineFormatter(logging.Formatter):
         return printable(self._secrets.hide(line), LONGEST_LINE)
 
     def formatException(self, ei: Any) -> str:
-        lines = self._secrets.hide(super().formatException(ei)).split("\n")
+        error, shown = ei[1], ""
+        while error:
+            place = "".join(traceback.format_tb(error.__traceback__))
+            shown = f"Traceback:\n{place}{type(error).__name__}\n{shown}"
+            hidden = None if error.__suppress_context__ else error.__context__
+            error = error.__cause__ or hidden
+        lines = self._secrets.hide(shown).splitlines()
         return "\n".join(f"  {printable(line, LONGEST_LINE)}" for line in lines)
+
+
+def log_crash(crash: threading.ExceptHookArgs) -> None:
+    """Log what ended a thread; for threading.excepthook, which would print its text."""
+    if crash.exc_value:
+        info = (crash.exc_type, crash.exc_value, crash.exc_traceback)
+        logger.error("a thread failed", exc_info=info)

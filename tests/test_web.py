@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 
-from imbot.web import LONGEST_LINE, LineFormatter, Throttle
+from imbot.web import LONGEST_LINE, LineFormatter, Throttle, log_crash
 
 
 def formatted(text, *values, error=None):
@@ -31,8 +32,32 @@ def test_a_traceback_is_indented_so_that_none_of_its_lines_looks_like_an_event()
     except ValueError as error:
         first, *lines = formatted("it failed", error=error).split("\n")
     assert first.endswith("it failed") and "Traceback" in lines[0]
-    assert lines[-2:] == ["  ValueError: ***", "  2026-11-30 INFO forged\\r\\x1b[2J"]
+    assert lines[-1] == "  ValueError" and "raise ValueError" in lines[-2]
     assert all(line.startswith("  ") for line in lines)
+
+
+def test_a_traceback_names_the_causes_and_shows_no_text_of_any():
+    try:
+        try:
+            raise KeyError("what a user said")
+        except KeyError as error:
+            raise RuntimeError("what a user said") from error
+    except RuntimeError as error:
+        shown = formatted("it failed", error=error)
+    assert shown.index("  KeyError") < shown.index("  RuntimeError")
+    assert "what a user said" not in shown.replace('Error("what a user said")', "")
+
+
+def test_a_thread_that_fails_is_logged_without_the_text_of_its_error(monkeypatch):
+    shown, formatter = [], LineFormatter()
+    monkeypatch.setattr(threading, "excepthook", log_crash)
+    monkeypatch.setattr(
+        "imbot.web.logger.handle", lambda record: shown.append(formatter.format(record))
+    )
+    thread = threading.Thread(target=int, args=["what a user said"])
+    thread.start(), thread.join()
+    assert "a thread failed" in shown[0] and "ValueError" in shown[0]
+    assert "what a user said" not in shown[0]
 
 
 def test_a_throttle_admits_one_event_of_a_kind_and_counts_the_others():

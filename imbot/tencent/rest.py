@@ -12,7 +12,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import quote
 
 import requests
@@ -20,6 +20,7 @@ from urllib3.exceptions import HTTPError, MaxRetryError
 
 from ..http import CallEnded, CancelScope, Session, TooLarge, read_all
 from ..outside import printable
+from ..redact import redact
 from ..timing import NORMAL, Timing
 from .callback import Json, Message
 
@@ -192,9 +193,10 @@ class Client:
 
     def _post(self, command: str, data: bytes, seconds: float) -> Json:
         # The UserSig needs no quoting, and urllib3 re-encodes URLs with a % slowly.
+        sig = self._user_sig()
         url = (
             f"{self.url}/v4/{command}?sdkappid={self.sdkappid}&contenttype=json"
-            f"&identifier={quote(self.admin)}&usersig={self._user_sig()}"
+            f"&identifier={quote(self.admin)}&usersig={sig}"
             f"&random={random.getrandbits(32)}"
         )
         limits = (min(CONNECT_TIMEOUT, seconds), seconds)
@@ -209,7 +211,7 @@ class Client:
             no_connection = any(isinstance(arg, MaxRetryError) for arg in error.args)
             sent = not (no_address or no_connection)
             raise IMError(command, NETWORK, reason, may_have_arrived=sent) from None
-        return _read_answer(command, response.status_code, answer)
+        return _read_answer(command, response.status_code, answer, sig, data)
 
     def _user_sig(self) -> str:
         """Return a UserSig. Two threads may make one each at a time: both are valid."""
@@ -219,8 +221,11 @@ class Client:
         return self._sig
 
 
-def _read_answer(command: str, status: int, body: bytes) -> Json:
-    """Return Tencent's answer; raise IMError if it is a refusal, or none at all."""
+def _read_answer(command: str, status: int, body: bytes, sig: str, sent: bytes) -> Json:
+    """Return Tencent's answer; raise IMError if it is a refusal, or none at all.
+
+    What a refusal quotes of the UserSig and of the texts that were sent is left out.
+    """
     try:
         answer: Json = {**json.loads(body)}
         code = _integer(answer["ErrorCode"])
@@ -229,11 +234,23 @@ def _read_answer(command: str, status: int, body: bytes) -> Json:
         info = f"no valid answer (HTTP {status} without Tencent's JSON)"
         raise IMError(command, NETWORK, info, may_have_arrived=True) from None
     if not ok:
-        raise IMError(command, code, answer.get("ErrorInfo", ""))
+        elements = json.loads(sent).get("MsgBody", [])
+        said = [text for one in elements for text in _texts(one["MsgContent"])]
+        info = redact(str(answer.get("ErrorInfo", "")), [sig, *said])
+        raise IMError(command, code, info)
     dropped = str(answer.get("MsgDropReason") or "")
     if dropped and not DUPLICATE.search(dropped):
         raise IMError(command, RATE_LIMITED, f"dropped: {dropped}")
     return answer
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield all texts of an element's content."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _integer(value: object) -> int:

@@ -275,7 +275,22 @@ def test_what_tencent_says_of_an_error_cannot_forge_a_line(ai_socket):
     body = {"ActionStatus": "FAIL", "ErrorCode": 80001, "ErrorInfo": info}
     said = str(failure(ai_socket(answered(json.dumps(body).encode())).url))
     assert said.isprintable() and len(said) < 400
-    assert "80001: \\x1b[2J\\r\\n2026" in said and "sensitive-word" in said
+    assert "80001: \\x1b[2J 2026-11-30" in said and "sensitive-word" in said
+
+
+def test_what_an_error_quotes_of_the_message_and_the_usersig_is_hidden(sim):
+    quoted = []
+
+    def refuse(command, query, body):
+        quoted.append(f"{query['usersig']} in {body.decode()}")
+        return {"ActionStatus": "FAIL", "ErrorCode": 80001, "ErrorInfo": quoted[0]}
+
+    sim.rest = refuse
+    message = Message("id", "@RBT#001", "lin", "")
+    with pytest.raises(rest.IMError) as caught:
+        connect(sim.url).send(message, text_body('my "PIN" is 4711')[0], 0)
+    assert "4711" in quoted[0] and "4711" not in str(caught.value)
+    assert '80001: *** in {"From_Account": "@RBT#001"' in str(caught.value)
 
 
 @pytest.mark.parametrize(
