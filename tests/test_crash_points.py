@@ -34,8 +34,8 @@ MUST_BE_ZERO = ("lost", "twice", "misordered", "mangled", "left open", "locked")
 MUST_BE_ZERO += ("above its question", "told nothing")
 
 
-class Died(SystemExit):
-    """The process was killed here. (A thread ends with SystemExit in silence.)"""
+class Died(BaseException):
+    """The process was killed here."""
 
 
 class Life:
@@ -158,9 +158,12 @@ class Postgres:
 
 
 @pytest.fixture
-def live_through(sim):
+def live_through(sim, monkeypatch):
     """Return a function that ends a bot at a step; it returns what is wrong then."""
-    numbers = itertools.count()
+    numbers, hook = itertools.count(), threading.excepthook
+    monkeypatch.setattr(
+        threading, "excepthook", lambda e: e.exc_type is Died or hook(e)
+    )
 
     def live_through(database, mode, in_group, dies, ends_at):
         number = next(numbers)
@@ -214,6 +217,9 @@ def live(sim, settings, store_type, bot_type, chat, life=None):
     finally:
         with suppress(Died):
             bot.close(drain=0)
+        for thread in threading.enumerate():
+            if "(_" in thread.name:  # a thread of the bot
+                thread.join(10)
         store.close()
 
 
