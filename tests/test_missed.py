@@ -125,6 +125,25 @@ def test_a_conversation_is_looked_up_before_its_first_answer(stopped, unlisted):
     assert sim.looked_up[ROBOT, "jared"] == 1
 
 
+def test_what_another_thread_found_during_a_look_up_comes_first_too(stopped, unlisted):
+    """Its own look-up took so long that this one began."""
+    sim, sent = stopped.sim, time.time()
+    event = sim.say("jared", ROBOT, "during")
+
+    def fault(command, body):
+        if command == ROAM:
+            [message] = callback.parse("Bot.OnC2CMessage", event)
+            stopped.bot.accept(message, was_missed=True)
+        elif command == LIST:
+            assert unlisted.wait(9)
+
+    sim.fault = fault
+    stopped.launch().im.say("after", MsgTime=int(sent) + 1)
+    sim.wait(3)
+    unlisted.set()
+    assert stopped.answered() == ["before", "during", "after"]
+
+
 @pytest.mark.parametrize("first", ["the sweep", "a claim"])
 def test_a_sweep_and_a_claim_do_not_look_a_conversation_up_twice(stopped, first):
     sim, asked, go_on = stopped.sim, threading.Event(), threading.Event()
