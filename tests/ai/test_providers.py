@@ -670,6 +670,22 @@ def test_thinking_is_taken_out_wherever_the_text_is_split(text, answer):
         assert ai_texts(whole, interval=interval) == [answer]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>想",
+        "<thinking>\n想",
+        "[THINK]想",
+        "<|channel|>analysis<|message|>想",
+        "<details><summary>Thinking...</summary>想",
+    ],
+)
+def test_thinking_that_was_cut_is_no_answer(text):
+    assert thinking.visible(text) == thinking.visible(text, final=False) == ""
+    error, _ = ai_failure(sse(delta(text, "length")))
+    assert error.kind == "empty" and "all of it is thinking" in str(error)
+
+
 @pytest.mark.parametrize("text", [*THINKING, *THINKING.values(), "a😀b"])
 def test_a_text_so_far_shows_no_half_of_a_tag_or_an_emoji(text):
     halves = [half for c in text for half in c.encode("utf-16-be", "surrogatepass")]
@@ -743,6 +759,15 @@ def test_an_answer_that_was_cut_by_its_limit_says_so_after_its_text(body, interv
     with pytest.raises(ProviderError) as caught:
         next(texts)
     assert (caught.value.kind, len(tries)) == ("length", 1)
+
+
+def test_an_answer_grows_though_its_first_try_broke_off():
+    broken, scope = sse({"error": {"code": 502, "message": "no"}}), CancelScope(9)
+    pieces = [sse(delta("a"), end=""), sse(delta("b"))]
+    provider, _ = ai_service(broken, pieces)
+    texts = provider.chat(QUESTION, scope, OFTEN)
+    told = [(text, scope.ended) for text in texts]
+    assert told == [("a", False), ("ab", True)]
 
 
 def test_one_read_makes_one_text_and_a_text_is_not_repeated():
