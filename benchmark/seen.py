@@ -55,9 +55,10 @@ def around(
         half = LONGEST // 2
         gap = (cut[half][0], 0, f"... {left_out} lines are left out")
         cut = [*cut[:half], gap, *cut[-half:]]
-    return [
-        f"  {datetime.fromtimestamp(at):%H:%M:%S.%f}  {text}" for at, _, text in cut
+    times = [
+        datetime.fromtimestamp(at).strftime("%H:%M:%S.%f")[:-3] for at, _, _ in cut
     ]
+    return [f"  {time}  {line[2]}" for time, line in zip(times, cut, strict=True)]
 
 
 def asked(chat: Chat) -> list[Line]:

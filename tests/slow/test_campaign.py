@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import requests
 from conftest import HERE, lack
 
+from benchmark.accidents import KINDS, plan
 from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer, find
 from benchmark.faults import MUST_BE_ZERO
 from benchmark.stage import STORES, set_clock, stage
@@ -76,7 +78,9 @@ def test_a_database_that_does_not_start_says_why_and_leaves_nothing(postgres):
     assert not server.folder.exists() and server.process.returncode
 
 
-@pytest.mark.parametrize("module", ["benchmark", "benchmark.faults", "simulator"])
+@pytest.mark.parametrize(
+    "module", ["benchmark", "benchmark.faults", "benchmark.soak", "simulator"]
+)
 def test_a_command_says_how_it_is_called(module):
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=20)
@@ -93,25 +97,43 @@ def test_a_step_of_the_clock_reaches_the_bot():
             assert abs(now - ahead - time.time()) < 15
 
 
+def run(words):
+    return subprocess.run(
+        [sys.executable, "-m", *words.split()],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
 @pytest.mark.parametrize("store", STORES)
 def test_a_short_campaign_ends_with_zeros(store, request):
     if store != "sqlite":
         request.getfixturevalue(store)
-    # With this seed the database goes away.
-    words = f"-m benchmark.faults --store {store} --seconds 3 --seed 16"
-    done = subprocess.run(
-        [sys.executable, *words.split()],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=200,
+    seed, first = next(
+        (seed, first)
+        for seed in itertools.count()
+        if (first := next(plan(seed, [*KINDS]))).kind == "no store"
     )
+    how = f"--messages {first.after + 300} --seed {seed}"
+    done = run(f"benchmark.faults --store {store} {how}")
     assert done.returncode == 0, done.stdout + done.stderr
     title, *lines = done.stdout.splitlines()
-    assert title == f"faults, store {store}, seed 16"
+    assert title == f"faults, store {store}, seed {seed}"
     found = {line[:24].strip(): int(line[24:].replace(",", "")) for line in lines}
     assert found["no store"] == 1
-    assert found["answered"] >= found["acknowledged"] > 100
+    assert found["answered"] >= found["acknowledged"] >= first.after + 300
     assert found["callbacks lost"] >= found["caught up"] > 0
     for name in MUST_BE_ZERO:
         assert found[name] == 0
+
+
+def test_a_short_soak_prints_its_figures_and_its_verdict():
+    done = run("benchmark.soak --minutes 0.1 --seed 1")
+    _, names, *lines = done.stdout.splitlines()
+    assert "memory, MB" in names and not done.stderr, done.stdout + done.stderr
+    assert all(float(text.replace(",", "")) > 0 for text in lines[5].split())
+    assert lines[-2] == "left in the store: 0"
+    grew = lines[-1].startswith("grew too much: ") and not lines[-1].endswith("nothing")
+    assert done.returncode == grew
