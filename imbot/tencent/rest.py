@@ -235,8 +235,8 @@ def _read_answer(command: str, status: int, body: bytes, sig: str, sent: bytes) 
         raise IMError(command, NETWORK, info, may_have_arrived=True) from None
     if not ok:
         elements = json.loads(sent).get("MsgBody", [])
-        said = [text for one in elements for text in _texts(one["MsgContent"])]
-        info = redact(str(answer.get("ErrorInfo", "")), [sig, *said])
+        contents = [one.get("MsgContent") for one in elements if isinstance(one, dict)]
+        info = redact(str(answer.get("ErrorInfo", "")), [sig, *_texts(contents)])
         raise IMError(command, code, info)
     dropped = str(answer.get("MsgDropReason") or "")
     if dropped and not DUPLICATE.search(dropped):
