@@ -63,6 +63,7 @@ def create_app(settings: Settings | None = None, timing: Timing = NORMAL) -> Fla
 
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:
+        bot.store.check()  # that it can be written, too
         return {"status": "ok", **bot.store.stats()}
 
     @app.get("/")

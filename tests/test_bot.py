@@ -8,6 +8,7 @@ import time
 import pytest
 
 import usersig
+from imbot.queue import StoreError
 from simulator import text_body
 from simulator.fixtures import TOKEN, Caller, idle, poll, said_to
 
@@ -308,3 +309,15 @@ def test_a_member_has_a_quarter_of_a_groups_queue(sim, make_app):
     texts = [message.text for message in sim.delivered]
     assert ["消息太多" in text for text in texts].count(True) == 1
     assert [t[17:].split(" (")[0] for t in texts if "You" in t][-1].endswith("l")
+
+
+def test_a_store_that_cannot_be_written_is_not_healthy(make_app, monkeypatch):
+    app = make_app()
+    client, store = app.test_client(), app.extensions["bot"].store
+    assert client.get("/healthz").status_code == 200
+
+    def fails():
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(store, "check", fails)
+    assert client.get("/healthz").status_code == 503
