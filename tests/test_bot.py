@@ -288,7 +288,7 @@ def recall_of(event):
 
 def test_stops_count_against_the_rate_and_stop_all_the_same(sim, make_app):
     im = Caller(sim, make_app(rate_limit=3, bot_language="en").test_client())
-    for number in range(12):
+    for _ in range(12):
         im.post(sim.say_in_group("jared", "@TGS#demo", "/stop", ["@RBT#001"]))
     poll(lambda: len(sim.delivered) == 4 and idle(im))
     assert [m.text for m in sim.delivered].count("@jared I have stopped.") == 3
