@@ -25,6 +25,7 @@ CUTS = {  # cheapest first, with the words of a refusal that name it
     "system": r"system",
 }
 VALUE = ["system", "options", "pictures", "history"]  # the last one is missed most
+NO_LIMIT = float("inf")
 PLACEHOLDER = "…"  # what a user "said" before a robot wrote first
 
 
@@ -45,7 +46,7 @@ class Lessons:
     needed: set[str] = field(default_factory=set)  # cuts without which it refuses
     unsure: set[str] = field(default_factory=set)  # others that were made with them
     taken: set[str] = field(default_factory=set)  # what it was asked with and answered
-    room: float = float("inf")  # characters of all messages that it takes
+    room: float = NO_LIMIT  # characters of all messages that it takes
     filtered: set[int] = field(default_factory=set)  # where chats begin anew, see _mark
     told: dict[str, str] = field(default_factory=dict)  # by cut, for the operator
 
@@ -138,13 +139,14 @@ class Attempts:
 
     def _turns(self) -> list[Json]:
         """Return the old turns that the service takes."""
-        turns, room = self.turns, self.lessons.room - size([*self.system, self.last])
-        filtered = self.lessons.filtered
+        turns, filtered = self.turns, self.lessons.filtered
         ends = range(len(turns), 0, -1) if filtered else ()
         known = (end for end in ends if _mark(turns[:end]) in filtered)
         turns = turns[next(known, 0) :]
-        while turns and size(turns) > room and "history" in self.possible:
-            turns = turns[1:]
+        if "history" in self.possible and self.lessons.room < NO_LIMIT:
+            room = self.lessons.room - size([*self.system, self.last])
+            while turns and size(turns) > room:
+                turns = turns[1:]
         return [] if "history" in self.less else turns
 
     def shrink(self, error: ProviderError) -> bool:

@@ -134,8 +134,9 @@ class Provider:
 
     def _ask(self, attempts: Attempts) -> Texts:
         """Ask once, without what the attempts leave out."""
-        asker, attempts.full.scope.ended = copy.copy(self), False
+        asker, attempts.full.scope.ended = self, False
         if "options" in attempts.less:
+            asker = copy.copy(self)
             asker.preset = dict.fromkeys(self.preset)
         return self.service.ask(asker, attempts.question())
 
