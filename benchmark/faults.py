@@ -27,11 +27,12 @@ import argparse
 import random
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import requests
 
+from imbot.queue import StoreError, open_store
 from simulator import BotProcess, interrupt_on_signals
 
 from .accidents import KINDS, Accidents, BrokenServices, plan
@@ -133,18 +134,25 @@ def errors_in(bot: BotProcess, most: int = 20) -> list[str]:
 def settle(bot: BotProcess) -> tuple[int, int]:
     """Wait for the last answers; return how many messages have none, and failed.
 
-    A bot that has nothing to do may yet notice that it missed something.
+    A bot that has nothing to do may yet notice that it missed something, or look it up
+    later, since Tencent refused to say.
     """
     now = calm = time.monotonic()
     end, left, failed = now + SETTLE, -1, 0
     while now < end and (left or now < calm + NOTICES):
         time.sleep(0.2)
         now = time.monotonic()
-        with suppress(requests.RequestException, KeyError):
+        with suppress(requests.RequestException, KeyError, StoreError):
             state = requests.get(f"{bot.url}/healthz", timeout=5).json()
             left, failed = state["waiting"] + state["in_work"], state["failed"]
-            calm = now if left else calm
+            calm = now if left or looks_up(bot) else calm
     return left, failed
+
+
+def looks_up(bot: BotProcess) -> bool:
+    """Return whether a bot has not looked up all that it knows to have missed."""
+    with closing(open_store(bot.env["DATABASE_URL"])) as store:
+        return bool((store.get("servers") or {}).get("outages"))
 
 
 def main() -> None:

@@ -17,7 +17,9 @@ class Timing:
     longest_delay: float = 120.0  # a later due time was written by a clock set wrong
     poll: float = 0.5  # between two rounds of the maintenance loop
     heartbeat: float = 1.0  # between two renewals of the claims
-    regain: float = 2.0  # after a pause, for other processes to renew their claims
+    # After a pause or an outage of the store: other processes renew their claims, and
+    # note which callbacks they refused.
+    regain: float = 2.0
     again: float = 1.0  # before a message whose handler failed is claimed again
     minute: float = 60.0  # over which RATE_LIMIT counts
     prune_every: float = 3600.0  # between two deletions of what is old

@@ -315,10 +315,10 @@ class Workers:
     def _heartbeat(self) -> None:
         paused, jobs = self._since_heartbeat() > self.timing.pause, self.jobs
         lost, cancelled = self.store.heartbeat([job.claim for job in jobs])
-        if paused and any(self._beat):
-            if not self._store_down:
-                logger.warning("this process was paused, or the clock was set")
-            self.hold(self.timing.regain)
+        if paused and any(self._beat) and not self._store_down:
+            logger.warning("this process was paused, or the clock was set")
+        if any(self._beat) and (paused or self._store_down):
+            self.hold(self.timing.regain)  # others may have refused callbacks
         for job in jobs:
             job.lost = job.lost or job.claim in lost
             if job.cancel and (job.claim in lost or job.claim in cancelled):

@@ -262,6 +262,29 @@ def test_after_an_outage_what_was_answered_is_finished_before_it_is_claimed_agai
     broken.close()
 
 
+def test_after_an_outage_nothing_is_claimed_before_other_processes_took_note_of_it(
+    store, start, caplog
+):
+    """They may have refused callbacks, which come before what is acknowledged now."""
+    broken, handled = Broken(store), []
+
+    def handle(job):
+        store.finish(job.claim)
+        handled.append(time.monotonic())
+
+    add(store, "before")
+    start(handle, store=broken, regain=0.4)
+    poll(lambda: handled)
+    broken.heartbeat = refuse
+    poll(lambda: "away" in caplog.text)
+    add(store, "after")
+    del broken.heartbeat
+    poll(lambda: "the store works again" in caplog.text)
+    back = time.monotonic()
+    poll(lambda: len(handled) == 2)
+    assert handled[1] - back > 0.3
+
+
 def test_an_operation_that_always_fails_holds_up_nothing_and_is_dropped(
     store, start, caplog
 ):
