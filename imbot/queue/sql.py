@@ -114,7 +114,8 @@ SQL = {
             (id, conversation, asker, data, reply, remember, sent, accepted, version)
         SELECT :id, :conversation, nullif(:asker, ''), :data, :reply,
             :remember, :sent, {{now}}, :version
-        WHERE :open <= :room AND (:share IS NULL OR :share > ({_OWN})) AND :rate > (SELECT count(*) FROM message
+        WHERE :open <= :room AND (:share IS NULL OR :share > ({_OWN}))
+            AND :rate > (SELECT count(*) FROM message
             WHERE asker = :asker AND sent BETWEEN :sent - :minute AND :sent + 1)
         ON CONFLICT (id) DO NOTHING RETURNING 1""",
     "own_open": _OWN,

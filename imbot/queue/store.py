@@ -158,10 +158,10 @@ class Store:
         """Keep a message on disk, once however often it is delivered.
 
         It is refused if `room` messages of the conversation are open, or `share` of
-        `asker`, or if `asker`, unless empty, sent `rate` in the minute before. With a `reply` there is nothing
-        to ask, and it is in the history only if `remember` says so. Messages of a
-        conversation are ordered by when they were `sent`, Unix seconds, then by when
-        they were added.
+        `asker`, or if `asker`, unless empty, sent `rate` in the minute before. With a
+        `reply` there is nothing to ask, and it is in the history only if `remember`
+        says so. Messages of a conversation are ordered by when they were `sent`, Unix
+        seconds, then by when they were added.
         """
         values: Data = {"id": id, "conversation": conversation, "asker": asker}
         values |= {"data": json.dumps(data), "reply": _dump(reply), "sent": sent}
