@@ -81,6 +81,7 @@ class Workers:
         self._store_down = False
         self._deferred: deque[Deferred] = deque()  # see when_store_works
         self._beat = (0.0, 0.0)  # the clocks at the last heartbeat
+        self._slow = False  # the store let the last heartbeat wait
         self._deferring = threading.Lock()  # held by the thread that retries them
         self._prune_at = self._warn_at = 0.0  # time.monotonic()
         self._claim_from = 0.0  # time.monotonic() before which nothing is claimed
@@ -314,10 +315,14 @@ class Workers:
 
     def _heartbeat(self) -> None:
         paused, jobs = self._since_heartbeat() > self.timing.pause, self.jobs
+        began, was_slow = time.monotonic(), self._slow
         lost, cancelled = self.store.heartbeat([job.claim for job in jobs])
+        self._slow = time.monotonic() - began > self.timing.locked / 3
         if paused and any(self._beat) and not self._store_down:
             logger.warning("this process was paused, or the clock was set")
-        if any(self._beat) and (paused or self._store_down):
+        # A store that is always slow must not hold up everything.
+        away = self._store_down or (self._slow and not was_slow)
+        if any(self._beat) and (paused or away):
             self.hold(self.timing.regain)  # others may have refused callbacks
         for job in jobs:
             job.lost = job.lost or job.claim in lost

@@ -285,6 +285,30 @@ def test_after_an_outage_nothing_is_claimed_before_other_processes_took_note_of_
     assert handled[1] - back > 0.3
 
 
+def test_a_store_that_was_locked_for_a_moment_counts_as_an_outage_and_a_slow_one_not(
+    store, start
+):
+    broken, beats, handled = Broken(store), [], []
+
+    def wait(claims):
+        beats.append(time.monotonic())
+        time.sleep(0.15)
+        return store.heartbeat(claims)
+
+    def handle(job):
+        store.finish(job.claim)
+        handled.append(time.monotonic())
+
+    add(store, "before")
+    start(handle, store=broken, regain=0.6, locked=0.3)
+    poll(lambda: handled)
+    broken.heartbeat = wait
+    poll(lambda: len(beats) == 2)
+    add(store, "after")
+    poll(lambda: len(handled) == 2)
+    assert 0.4 < handled[1] - beats[0] < 5.0
+
+
 def test_an_operation_that_always_fails_holds_up_nothing_and_is_dropped(
     store, start, caplog
 ):
