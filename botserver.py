@@ -49,15 +49,12 @@ def create_app(settings: Settings | None = None, timing: Timing = NORMAL) -> Fla
     """Create the WSGI app and start the bot. Settings come from the environment."""
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = 1 << 20  # bytes of a callback
-    if cli.add_to(app, Bot, timing):
-        return app  # running a `flask` command, not serving
-    bot = Bot.create(settings, timing)
 
     @app.post("/im", strict_slashes=False)
     def im() -> dict[str, Any]:
-        bot.check(request.args)
-        serves = bot.settings.serves
-        for message in read_messages(request.args, read_body(), bot.nicks, serves):
+        bot.check_signature(request.args)
+        about = bot.nicks, bot.settings.serves  # for mentions; for ROBOTS_ONLY
+        for message in read_messages(request.args, read_body(), *about):
             bot.accept(message)
         return OK
 
@@ -70,23 +67,30 @@ def create_app(settings: Settings | None = None, timing: Timing = NORMAL) -> Fla
     def index() -> str:
         return "The bot is running. Tencent IM calls POST /im.\n"
 
+    if cli.add_to(app, Bot, timing):
+        return app  # a `flask` command runs, which serves nothing
+    bot = Bot.create(settings, timing)
     bot.start(app)
     return app
 
 
 class Settings(imbot.settings.Settings):
-    """Every setting. Add yours: the variable is its name in capitals."""
+    """Every setting. Add yours: its variable is its name in capitals."""
 
 
 class Bot(Engine):
     """Accepts messages and answers them in a pool of threads."""
 
-    services, replies, settings_type = PROVIDERS, REPLIES, Settings
-    make_sig, bad_signature = staticmethod(gen_user_sig), BadSignature
+    services = PROVIDERS
+    replies = REPLIES
+    settings_type = Settings
+    settings: Settings
+    make_sig = staticmethod(gen_user_sig)
+    bad_signature = BadSignature
 
-    def check(self, query: Any) -> None:
+    def check_signature(self, query: Any) -> None:
         """Raise BadSignature unless Tencent sent this callback, for our app."""
-        app = str(self.settings.im_sdkappid)
+        app = str(self.settings.im_sdkappid)  # the console's probe names none
         if tokens := self.settings.im_callback_token:
             check_callback(tokens, query.get("Sign", ""), query.get("RequestTime", ""))
         if query.get("SdkAppid", app) != app:
@@ -106,7 +110,10 @@ class Bot(Engine):
         self.enqueue(message, was_missed)
 
     def answer(self, chat: Chat, delivery: Delivery) -> None:
-        """Answer one message, in a pool thread; after a crash, in another process."""
+        """Answer one message, in a pool thread; after a crash, in another process.
+
+        Errors of the AI and of your code become a sentence for the user, in `run`.
+        """
         try:
             answer = delivery.kept or delivery.run(self.compose)
             delivery.keep(answer)  # a restart resends it without asking the AI again
@@ -123,15 +130,17 @@ class Bot(Engine):
         """
         message = chat.message
         if message.kind == "recalled":
-            return ""
+            return ""  # by its user, while it waited: nothing is sent
         if found := commands.find(message):
             run, argument = found
             return run(chat, argument)
         if message.kind == "greeting":  # a bare mention
             return show_help(chat, "")
-        if message.kind == "unsupported":
+        if message.kind == "unsupported":  # a voice, a file
             return chat.texts["unsupported"]
-        if not (message.text or message.quote or self.provider(chat).service.images):
+        # Your own answers go here.
+        is_picture = not (message.text or message.quote)
+        if is_picture and not self.provider(chat).service.images:
             return chat.texts["no_vision"]
         return self.ask(chat)
 
@@ -163,14 +172,14 @@ def clear(chat: Chat, argument: str) -> str:
 
 
 @command("/stop", "停止", zh="打断正在写的回答", en="stop the answer")
-def stop(chat: Chat, argument: str) -> str:
+def confirm_stop(chat: Chat, argument: str) -> str:
     return chat.texts["stop"]  # Bot.accept stopped it when the command arrived
 
 
 def is_stop(message: Message) -> bool:
     """Return whether a message stops the answer: the command, or TUIKit's button."""
     found = commands.find(message)
-    return message.kind == "stop" or bool(found and found[0] is stop)
+    return message.kind == "stop" or bool(found and found[0] is confirm_stop)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long the bot waits for what: every pause, lease and deadline, in seconds.
+"""How long the bot waits: pauses, leases and deadlines, in seconds.
 
 Tests pass a faster Timing; a fork that wants other waits passes its own to create_app.
 """

@@ -172,8 +172,9 @@ def elsewhere(url: str, port: int, texts: Mapping[str, Any]) -> Iterator[Demonst
     with Simulator(port=port) as simulator:
         simulator.bot_url = url.rstrip("/").removesuffix("/im")
         print(texts["elsewhere"])
-        for name, value in bot_settings(simulator).items():
-            print(f"export {name}={value}")
+        about = {"BOT_LANGUAGE": "zh" if texts is TEXTS["zh"] else "en"}
+        for name, value in (bot_settings(simulator) | about).items():
+            print(f"{name}={value}")
         shown = Demonstration(simulator, texts)
         try:
             requests.get(simulator.bot_url, timeout=5)

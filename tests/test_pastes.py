@@ -23,9 +23,9 @@ LONGEST = 8  # lines of a paste
 PLACES = {  # what the first line of a paste names -> the line above its place
     "Settings": '    """Every setting. Add yours',
     "at the end": "",
-    "compose": "        message = chat.message",
+    "compose": "        # Your own answers go here.",
     "answer": "            delivery.finish(answer)",
-    "create_app": "    bot = Bot.create(settings, timing)",
+    "create_app": '    app.config["MAX_CONTENT_LENGTH"]',
     "before create_app": '    "stream": StreamReply,\n}',
     "PROVIDERS": "PROVIDERS = {",
 }
@@ -176,6 +176,20 @@ def test_an_answer_without_the_ai(paste, start, hours, monkeypatch):
     assert len(asked) == (0 if closed else 2)
 
 
+def test_at_night_commands_work_and_recalled_questions_are_left(paste, start, sim):
+    module = paste("open_from: int", "datetime.now")
+
+    class Clock:
+        @staticmethod
+        def now():
+            return type("Now", (), {"hour": 3})
+
+    module.datetime = Clock
+    im = start(module)
+    say_everywhere(im, "/help")
+    assert all("/clear" in answer.text for answer in sim.delivered)
+
+
 def test_a_setting_of_its_own(paste, monkeypatch):
     module = paste("open_from: int")
     env = {"IM_SDKAPPID": "1", "IM_KEY": "k", "ALLOW_UNSIGNED": "1", "OPEN_FROM": "7"}
@@ -228,7 +242,7 @@ def test_a_route(paste, start):
 def test_another_way_to_show_an_answer(paste, start):
     im = start(paste("SignedReply"), reply_mode="signed")
     for answer in say_everywhere(im, "hello"):
-        assert re.search("\n\n— ?.*AI", answer.text)
+        assert re.search("\n\n—+ .*(robot|机器人)", answer.text)
 
 
 def test_another_ai_service(paste, start, sim):
