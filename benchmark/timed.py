@@ -112,20 +112,17 @@ class TimedSimulator(Simulator):
         self, kind: str, url: str, body: Any, of: str | None = None, trace: str = ""
     ) -> Iterator[dict[str, Any]]:
         began = time.time()
+        if kind == "IM" and "You" in json.dumps(body.get("MsgBody")):
+            self.shown.setdefault(body["To_Account"], began)
         try:
             yield {}
         finally:
-            self._note(kind, began, body)
-
-    def _note(self, kind: str, began: float, body: Any) -> None:
-        self.calls.clear()
-        self.ai_requests.clear()
-        if kind == "AI":
-            number = question(body["messages"][-1]["content"])
-            self.asked.setdefault(number, began)
-            self.answered[number] = time.time()
-        elif kind == "IM" and "You" in json.dumps(body.get("MsgBody")):
-            self.shown.setdefault(body["To_Account"], began)
+            self.calls.clear()
+            self.ai_requests.clear()
+            if kind == "AI":
+                number = question(body["messages"][-1]["content"])
+                self.asked.setdefault(number, began)
+                self.answered[number] = time.time()
 
     def wait_for(self, count: int) -> None:
         """Wait until so many answers are complete, or some are clearly lost."""

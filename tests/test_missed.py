@@ -443,7 +443,7 @@ def test_a_server_that_starts_takes_the_place_of_one_that_fell_silent(stopped):
 
 def test_a_server_that_is_well_leaves_one_that_falls_silent_to_the_next(bots):
     """Also if it has just begun itself, as when they are restarted by turns."""
-    timing = replace(FAST, outage=0.4, others_outage=0.2, away=1.2)
+    timing = replace(FAST, outage=1.5, others_outage=0.7, away=2.0)
     bots.start(timing=timing)
     silent = {"silent": time.time()}
     bots.store.update("servers", lambda old: old | {"well": old["well"] | silent})
