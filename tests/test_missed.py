@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -192,7 +194,7 @@ def test_after_two_outages_in_a_row_a_conversation_is_looked_up_once(stopped):
     """The first was not swept when the second began: a server died at once."""
     sim, now = stopped.sim, time.time()
     sim.say("jared", ROBOT, "long ago", MsgTime=int(now) - 40)
-    outages = [[1, now - 50, now - 9]]
+    outages = [[1, now - 50, now - 9, 0]]
     stopped.store.put("servers", {"number": 1, "outages": outages})
     sim.say("jared", ROBOT, "second")
     stopped.stop(away=6.0)
@@ -260,6 +262,20 @@ def test_what_needs_no_answer_is_left(stopped):
     stopped.start()
     assert stopped.answered() == ["before", "wanted"]
     assert overtaken in sim.said
+
+
+def test_what_was_overtaken_is_left_though_the_clock_was_set_back_since(
+    stopped, tmp_path
+):
+    sim, now = stopped.sim, int(time.time())
+    lost = sim.say("lin", ROBOT, "lost", MsgTime=now - 3)
+    keep_as_answered(stopped, sim.say("lin", ROBOT, "later", MsgTime=now - 2))
+    with closing(sqlite3.connect(tmp_path / "bot.db", timeout=10)) as file, file:
+        file.execute("UPDATE message SET ended = ended + 9, accepted = accepted + 9")
+    stopped.stop(away=2.0)
+    sim.say("lin", ROBOT, "missed", MsgTime=now)
+    stopped.start()
+    assert stopped.answered("lin") == ["missed"] and lost in sim.said
 
 
 @pytest.mark.parametrize("ahead", [0, 5, -5])
@@ -485,6 +501,20 @@ def test_a_refused_callback_is_answered_before_the_next(sim, bots):
     assert bots.im.say("after").status_code == 200
     sim.wait(3)
     assert bots.answered() == ["before", "refused", "after"]
+
+
+def test_what_came_after_a_refusal_did_not_overtake_it(bots, monkeypatch):
+    """Another process may have answered it before this one could note the outage."""
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    bots.launch()
+    keep_as_answered(bots, bots.sim.say("jared", ROBOT, "before"))
+    bots.bot.missed.beat()
+    bots.bot.missed.note_refusal()
+    keep_as_answered(bots, bots.sim.say("jared", ROBOT, "after"))
+    newest = bots.store.newest()
+    bots.bot.missed.beat()
+    [[_, _, _, before]] = bots.servers()["outages"]
+    assert before == newest - 1
 
 
 def test_a_refused_callback_is_answered_though_the_clock_was_set_back(

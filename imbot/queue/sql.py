@@ -122,7 +122,8 @@ SQL = {
     # Count a message out that was not kept.
     "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",
     "is_known": "SELECT 1 FROM message WHERE id = :id",
-    "known": "SELECT id, state, ended FROM message WHERE id IN ({each}(:ids))",
+    "known": "SELECT id, state, seq FROM message WHERE id IN ({each}(:ids))",
+    "newest": "SELECT coalesce(max(seq), 0) FROM message",
     "drop": "DELETE FROM conversation WHERE name = :conversation AND open = 0",
     # Take the conversation that is due longest.
     "take": """UPDATE conversation

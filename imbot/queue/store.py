@@ -242,12 +242,17 @@ class Store:
             self._warned.add(what)
             logger.warning("%s", what)
 
-    def known(self, ids: Sequence[str]) -> dict[str, tuple[str, float | None]]:
+    def known(self, ids: Sequence[str]) -> dict[str, tuple[str, int]]:
         """Return the state of each known id: `open`, `done`, `gone` or `failed`, and
-        when the message ended, in Unix seconds, None while it is open."""
+        its seq, which grows with every message that is added."""
         given = {storable(id): id for id in ids}
         rows = self._select("known", ids=json.dumps([*given]))
-        return {given[id]: (state, ended) for id, state, ended in rows}
+        return {given[id]: (state, seq) for id, state, seq in rows}
+
+    def newest(self) -> int:
+        """Return the seq of the newest message, 0 if there is none."""
+        [(seq,)] = self._select("newest")
+        return int(seq)
 
     def state(self, id: str) -> str | None:
         """Return the state of an id as `known` does, None if it is not known."""
