@@ -29,6 +29,7 @@ from simulator.fixtures import APPID, FAST, TOKEN, poll
 from simulator.messages import STREAM_GAP
 
 QUESTIONS = 2
+QUICK = ("whole", False, True)
 AWAY = 0.15  # seconds for which the store fails
 MUST_BE_ZERO = ("lost", "twice", "misordered", "mangled", "left open", "locked")
 MUST_BE_ZERO += ("above its question", "told nothing")
@@ -292,7 +293,7 @@ CASES = [
     pytest.param(
         *(mode, in_group, dies),
         id=f"{mode}-{'group' if in_group else 'one'}-{'dies' if dies else 'fails'}",
-        marks=() if mode == "whole" and not in_group else pytest.mark.slow,
+        marks=() if (mode, in_group, dies) == QUICK else pytest.mark.slow,
     )
     for mode in REPLIES
     for in_group in (False, True)

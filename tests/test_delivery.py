@@ -97,6 +97,7 @@ def test_a_user_is_told_though_tencent_is_busy_just_then(sim, make_app, mode):
     assert all(m.closed for m in sim.delivered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["modify", "custom", "stream"])
 def test_slow_edits_do_not_cost_the_ais_time(sim, make_app, mode):
     settings = {"reply_mode": mode, "ai_timeout": 1.0, "bot_language": "en"}

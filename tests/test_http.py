@@ -262,6 +262,7 @@ def test_an_answer_is_complete_though_the_connection_stays_open(ai_socket):
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_threads_without_end_do_not_pile_up(ai_socket):
     server = ai_socket(keeping(RECORDED["openai"]))
     provider = service(server.url)
@@ -371,6 +372,7 @@ def tls(certificate, monkeypatch):
     return context
 
 
+@pytest.mark.slow
 def test_tls_is_read_and_stopped_and_ended_like_any_other(ai_socket, tls):
     server = ai_socket(
         keeping(RECORDED["openai"]),

@@ -419,6 +419,7 @@ def test_an_outage_is_noted_before_the_first_callback(stopped, monkeypatch):
     assert server_name() in servers["well"] and servers["outages"]
 
 
+@pytest.mark.slow
 def test_a_server_that_starts_beside_others_that_are_well_looks_nothing_up(stopped):
     sim, store = stopped.sim, stopped.store
     ended, timing = threading.Event(), replace(FAST, others_outage=0.5)
@@ -457,6 +458,7 @@ def test_a_server_that_starts_takes_the_place_of_one_that_fell_silent(stopped):
     assert well.keys() >= {"well"} and not well.keys() & {"silent", "gone"}
 
 
+@pytest.mark.slow
 def test_a_server_that_is_well_leaves_one_that_falls_silent_to_the_next(bots):
     """Also if it has just begun itself, as when they are restarted by turns."""
     timing = replace(FAST, outage=1.5, others_outage=0.7, away=2.0)
@@ -569,6 +571,7 @@ def test_a_callback_that_is_refused_during_an_outage_is_not_overtaken(
     assert stopped.answered() == ["before", "looked up", "refused", "after"]
 
 
+@pytest.mark.slow
 def test_what_was_shed_by_a_full_backlog_is_looked_up_when_it_is_calm(sim, bots):
     workers, seen = bots.start(max_backlog=8, rate_limit=0).bot.workers, []
     sim.fault = lambda called, _: (
@@ -664,6 +667,7 @@ def test_a_look_up_without_an_answer_is_given_up_and_made_by_a_later_sweep(
     assert len([w for w in warnings(caplog) if "cannot be looked up" in w]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["hang", 91000])
 def test_nobody_waits_long_for_a_history_that_fails(stopped, fault, caplog):
     """After five failures in a row it is left alone for a while."""
@@ -681,6 +685,7 @@ def test_nobody_waits_long_for_a_history_that_fails(stopped, fault, caplog):
     assert sim.lookups[ROAM] < 60
 
 
+@pytest.mark.slow
 def test_the_history_is_asked_again_after_its_rest(stopped):
     sim = stopped.sim
     sim.history_fault = 91000

@@ -52,6 +52,7 @@ def test_only_the_repetition_is_hidden():
     assert redact(text, [said]) == "Input '***' is not allowed here"
 
 
+@pytest.mark.slow
 def test_a_long_chat_costs_little():
     began = time.process_time()
     redact("no " * 2000, ["word " * 50_000, *["other"] * 100])

@@ -89,6 +89,7 @@ def tell_sixteen(sim, make_app, mode, place):
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "place"),
     [("whole", "one-to-one"), ("card", "one-to-one"), ("card", "group")],

@@ -790,6 +790,7 @@ def test_halves_of_an_emoji_come_together_and_a_lone_one_is_replaced():
     assert read("a\ud83d", final=False) == "a"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
     ["abcd", "我们的", "<b>x", "</p>", "a <", "</thi\n", "`</think>", "</think>"],

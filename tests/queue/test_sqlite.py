@@ -419,6 +419,7 @@ MEANT_SCANS = {
     "stats": {ALL_OPEN, FAILED},  # finds the oldest of what is open
     "failed": {FAILED},
     "recall_like": {"SEARCH message"},  # for its last
+    "newest": {"SEARCH message"},  # the last one
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Caller, in_threads, poll
 
-from botserver import clear, show_help, stop
+from botserver import clear, confirm_stop, show_help
 from imbot import commands
 from imbot.settings import Persona
 from imbot.tencent import IMError, Message, Nicks, callback
@@ -173,7 +173,7 @@ def test_what_is_seen_stays_whole(text):
     ],
 )
 def test_a_command_is_known_as_people_write_it(text, run):
-    expected = {"help": show_help, "clear": clear, "停止": stop}
+    expected = {"help": show_help, "clear": clear, "停止": confirm_stop}
     run = run or next((run for word, run in expected.items() if word in text), None)
     [message] = in_group(f"@@RBT#001 {text.removeprefix('@@RBT#001')}", {})
     found = commands.find(message)
