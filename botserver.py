@@ -30,7 +30,7 @@ from imbot.engine import Engine
 from imbot.growing import EditedReply, GrowingCardReply, StreamReply
 from imbot.prompt import build_prompt
 from imbot.replies import CardReply, PlainReply
-from imbot.tencent import IMError, Message, read_messages
+from imbot.tencent import IMError, Message, read_mention, read_messages
 from imbot.timing import NORMAL, Timing
 from imbot.web import OK, read_body
 from providers import PROVIDERS
@@ -60,7 +60,7 @@ def create_app(settings: Settings | None = None, timing: Timing = NORMAL) -> Fla
 
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:
-        bot.store.check()  # that it can be written, too
+        bot.check_store()
         return {"status": "ok", **bot.store.stats()}
 
     @app.get("/")
@@ -147,12 +147,15 @@ class Bot(Engine):
     def ask(self, chat: Chat) -> Iterator[str]:
         """Ask the AI service; yield the text so far, the last one is the answer."""
         provider, default = self.provider(chat), self.settings.ai_system_prompt
-        prompt = build_prompt(
-            chat, default, provider.service, partial(self.talk, chat.message)
-        )
+        talk = partial(self.talk, chat.message)  # the group's, before the mention
+        prompt = build_prompt(chat, default, provider.service, talk)
         how = chat.scope, chat.update_interval, chat.memory
         try:
-            yield from provider.chat(prompt, *how)
+            for text in provider.chat(prompt, *how):
+                chat.heard[1:] = [text]
+                yield text
+            if chat.memory:
+                chat.memory |= chat.seen
         finally:
             if chat.memory:  # the service remembers the chat by it
                 self.workers.when_store_works(
@@ -178,6 +181,8 @@ def confirm_stop(chat: Chat, argument: str) -> str:
 
 def is_stop(message: Message) -> bool:
     """Return whether a message stops the answer: the command, or TUIKit's button."""
+    if message.kind == "mention":  # its robot's nick is not known yet
+        message = read_mention(message, [(message.robot, "")])
     found = commands.find(message)
     return message.kind == "stop" or bool(found and found[0] is confirm_stop)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -61,6 +61,8 @@ class Chat:
     scope: CancelScope  # AI_TIMEOUT; /stop and the shutdown cancel it
     update_interval: float = 0.0  # seconds between two texts of an answer that grows
     memory: Json | None = None  # of an AI service that remembers its chats itself
+    seen: Json = field(default_factory=dict)  # what it has seen once it has answered
+    heard: list[str] = field(default_factory=list)  # the group's talk, the AI's text
 
     @cached_property
     def history(self) -> list[tuple[Message, str]]:
@@ -71,4 +73,4 @@ class Chat:
     def said(self) -> list[str]:
         """Return what users and the robot said, which no log may repeat."""
         old = [text for turn in self.history for text in (turn[0].text, turn[1])]
-        return [*old, self.message.text, self.message.quote]
+        return [*old, self.message.text, self.message.quote, *self.heard]

@@ -74,7 +74,7 @@ class Delivery:
             outbox.texts,
             self.progress,
             self._save_progress,
-            chat.scope.cancelled.is_set,
+            self._is_stopped,
             outbox.settings.max_parts,
         )
         chat.update_interval = self.reply.update_interval
@@ -83,6 +83,10 @@ class Delivery:
         self.kept = None if kept is None else Answer.load(kept)
         self._began, self._asked = time.monotonic(), 0.0
         job.cancel, job.tick = chat.scope.cancel, self._keep_alive
+
+    def _is_stopped(self) -> bool:
+        """Return whether the user stopped the answer; a shutdown goes on elsewhere."""
+        return self.chat.scope.cancelled.is_set() and not self.job.lost
 
     def _keep_alive(self) -> None:
         if time.monotonic() - self.reply.last_sent > self.reply.keep_alive_after:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -32,6 +33,7 @@ from .queue import (
     Added,
     Job,
     Store,
+    StoreBusy,
     StoreError,
     Workers,
     open_store,
@@ -43,6 +45,7 @@ from .texts import TEXTS
 from .timing import NORMAL, Timing
 from .web import refuse, set_up_logging
 
+CHECK_EVERY = 1.0  # seconds; a check writes, and anybody can ask for /healthz
 DRAIN = 20.0  # seconds to finish answers at shutdown
 PHONES = ("ios", "android")  # of a callback's OptPlatform
 FOLDER = Path(__file__).parent.parent
@@ -65,6 +68,7 @@ class Engine:
 
     def __init__(self, settings: Settings, store: Store, timing: Timing) -> None:
         self.settings, self.store = settings, store
+        self._checked_at = -CHECK_EVERY  # time.monotonic()
         self.texts = TEXTS[settings.bot_language]
         self.im = self.connect(settings, timing)
         self.nicks = Nicks(self.im, {r: p.nick for r, p in settings.robots.items()})
@@ -136,6 +140,13 @@ class Engine:
         """Finish what fits into `drain` seconds; leave the rest to the next process."""
         self.workers.close(drain)
 
+    def check_store(self) -> None:
+        """Raise StoreError if no message can be stored. A slow store is not down."""
+        if time.monotonic() > self._checked_at + CHECK_EVERY:
+            with suppress(StoreBusy):
+                self.store.check()
+            self._checked_at = time.monotonic()
+
     def refuse_for_now(self, error: Exception) -> Any:
         """Answer 503. Tencent repeats no callback: the message is looked up later."""
         if request.path != "/healthz":
@@ -169,8 +180,7 @@ class Engine:
 
     def recall(self, recalled: Message) -> None:
         """Forget what a user took back; if it still waits, it is not answered."""
-        place = (recalled.group, recalled.topic, str(recalled.seq))
-        escaped = re.sub(r"([\\%_])", r"\\\1", "\t".join(place))
+        escaped = re.sub(r"([\\%_])", r"\\\1", recalled.id)  # group, topic, MsgSeq
         id = f"%\t{escaped}\t%" if recalled.group else recalled.id
         self.store.recall(id, recalled.data())
 
@@ -212,7 +222,7 @@ class Engine:
         return known_user and (not groups or message.group in ("", *groups))
 
     def stop(self, message: Message, was_missed: bool = False) -> None:
-        """Stop the answer in progress in a chat, and what waits behind it."""
+        """Stop the answer in progress in a chat."""
         if not self.may_ask(message):
             return self.refuse(message, "not_allowed")
         if was_missed:

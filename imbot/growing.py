@@ -109,7 +109,7 @@ class EditedReply(GrowingReply):
         super().close_with(element)
 
     def give_up(self, text: str) -> None:
-        # A part of the answer that is shown stays.
+        # Keep the part that is already shown.
         told = self._below(text) if self._shown else self._mention + text
         done = self.progress.sent or self.progress.ended
         if done or not self._finish(told, not self._shown):

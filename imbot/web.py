@@ -21,7 +21,6 @@ from .timing import NORMAL
 
 OK = {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0}
 CALLBACK = "/im"  # the path of the callback; /im/ is taken, too
-LARGEST_CALLBACK = 1 << 20  # bytes
 LARGEST_REST, PIECE = 16 << 20, 1 << 16  # bytes that are read of a refused body
 LONGEST_LINE = 2000  # characters of a log line
 LONGEST_PATH = 60  # characters of a path that are logged

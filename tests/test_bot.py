@@ -8,6 +8,7 @@ import time
 import pytest
 
 import usersig
+from botserver import Bot
 from imbot.queue import StoreError
 from simulator import text_body
 from simulator.fixtures import TOKEN, Caller, idle, poll, said_to
@@ -314,10 +315,46 @@ def test_a_member_has_a_quarter_of_a_groups_queue(sim, make_app):
 def test_a_store_that_cannot_be_written_is_not_healthy(make_app, monkeypatch):
     app = make_app()
     client, store = app.test_client(), app.extensions["bot"].store
-    assert client.get("/healthz").status_code == 200
 
     def fails():
         raise StoreError("the disk is full")
 
     monkeypatch.setattr(store, "check", fails)
     assert client.get("/healthz").status_code == 503
+
+
+def test_a_question_recalled_while_it_is_answered_is_not_remembered(im):
+    im.sim.ai_delay = 0.3
+    event = im.sim.say("jared", "@RBT#001", "my PIN is 4711")
+    im.post(event)
+    poll(lambda: im.sim.ai_requests)
+    im.post(recall_of(event))
+    im.sim.wait(1)
+    poll(lambda: idle(im))
+    im.say("next")
+    im.sim.wait(2)
+    assert "4711" not in json.dumps(im.sim.ai_requests[-1])
+
+
+def test_a_stop_works_before_the_robots_nick_is_known(sim, make_app):
+    callers = [Caller(sim, make_app().test_client()) for _ in range(2)]
+    sim.ai_delay = 20
+    callers[0].post(sim.say_in_group("lin", "@TGS#demo", "tell", ["@RBT#001"]))
+    poll(lambda: sim.ai_requests)
+    for caller in callers:  # one of these processes has not asked for the nick
+        caller.post(sim.say_in_group("lin", "@TGS#demo", "/stop", ["@RBT#001"]))
+    poll(lambda: any("（已停止）" in message.text for message in sim.delivered), 5)
+
+
+def test_an_error_in_a_forks_code_does_not_bring_the_ais_answer_into_the_log(
+    im, monkeypatch, caplog
+):
+    def compose(self, chat):
+        return str(int([*self.ask(chat)][-1]))
+
+    monkeypatch.setattr(Bot, "compose", compose)
+    im.sim.ai_answer = lambda messages: "Your diagnosis is diabetes"
+    im.say("what do I have?")
+    im.sim.wait(1)
+    poll(lambda: idle(im))
+    assert "ValueError" in caplog.text and "diabetes" not in caplog.text

@@ -776,3 +776,39 @@ def test_the_store_is_asked_nothing_more_for_a_message_while_all_is_well(bots):
     bots.sim.wait(1)
     poll(lambda: len({*asked}) == 1 and len(asked) > 2)  # the maintenance loop
     assert said_to(bots.sim, "jared") == ["hello"] and len({*asked}) == 1
+
+
+@pytest.mark.parametrize("gone", [2, 3])
+def test_accounts_that_are_gone_do_not_end_the_look_ups_of_others(stopped, gone):
+    sim, dead = stopped.sim, {f"gone{number}" for number in range(gone)}
+    alive = {f"user{number}" for number in range(6)}
+    sim.users |= dead | alive
+    for name in sorted(dead) + sorted(alive):
+        sim.say(name, ROBOT, "missed")
+
+    def refuse(command, body):
+        sides = {body.get("Operator_Account"), body.get("Peer_Account")}
+        return 70107 if command == ROAM and sides & dead else None
+
+    sim.fault = refuse
+    stopped.start()
+    poll(stopped.is_calm)
+    assert {message.chat for message in sim.delivered} - {"jared"} == alive
+
+
+def test_a_recall_in_a_group_leaves_the_nicks_alone(bots):
+    sim, im = bots.sim, bots.start().im
+    sim.ai_delay = 0.3
+    im.post(sim.say_in_group("jared", GROUP, "busy", [ROBOT]))
+    event = sim.say_in_group("jared", GROUP, "waits", [ROBOT])
+    im.post(event)
+    im.post(
+        {
+            "CallbackCommand": "Group.CallbackAfterRecallMsg",
+            "GroupId": GROUP,
+            "MsgSeqList": [{"MsgSeq": event["MsgSeq"]}],
+        }
+    )
+    sim.wait(1)
+    poll(lambda: idle(im))
+    assert "" not in dict(bots.bot.nicks)

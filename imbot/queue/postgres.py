@@ -26,13 +26,26 @@ from psycopg.pq import Conninfo, TransactionStatus
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from ..timing import NORMAL, Timing
-from .sql import ADD_VERSION, SCHEMA, Data, Rows, Step, add_step, check_step, end_step
+from .sql import (
+    ADD_VERSION,
+    SCHEMA,
+    Data,
+    Rows,
+    Step,
+    add_step,
+    check_step,
+    end_step,
+    update_step,
+)
 from .store import DURABLE, Store, StoreBusy, StoreError
 
 CONNECTIONS = 4  # of one process at most: the smallest plans allow 20 in all
 SCHEMA_LOCK = 1380076593  # names the advisory lock under which tables are made
 # Steps that wait for no worker: a callback or all claims depend on them.
-URGENT = (add_step, check_step, "cancel", "heartbeat", "repair", "load", "stats")
+URGENT: tuple[Step, ...] = (
+    *(add_step, check_step, update_step, "cancel", "heartbeat", "repair", "load"),
+    *("stats", "newest", "recall", "recall_like"),
+)
 # Connection errors that retrying will not fix.
 HOPELESS = (
     "authentication failed|no password|does not exist|no such|pg_hba|"

@@ -94,7 +94,7 @@ _OWN = """SELECT count(*) FROM message
     WHERE conversation = :conversation AND state = 'open' AND asker = :asker"""
 _HELD = "name = :conversation AND token = :token"
 # What a user recalled: the worker finds `data` instead, or the memory nothing.
-_RECALL = """UPDATE message SET reply = NULL,
+_RECALL = """UPDATE message SET reply = NULL, remember = 0,
     state = CASE WHEN state = 'open' THEN 'open' ELSE 'gone' END,
     data = CASE WHEN state = 'open' THEN :data END"""
 
@@ -147,7 +147,7 @@ SQL = {
         SET due = {now} + CASE WHEN token IS NULL THEN 0 ELSE :lease END
         WHERE due > {now} + :longest""",
     "save_reply": f"""UPDATE message
-        SET reply = :reply, remember = :remember, progress = :progress
+        SET reply = :reply, remember = remember * :remember, progress = :progress
         WHERE seq = :seq
             AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})
         RETURNING 1""",

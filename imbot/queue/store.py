@@ -93,9 +93,8 @@ class Store:
         self._callbacks: deque[None] = deque()  # at the store now; counted without lock
         self._turn = threading.Lock()
         self._outage = ""  # why the last callback could not be stored
-        self._retry = (
-            threading.Lock()
-        )  # held by the callback that tries during an outage
+        # Held by the one callback that tries during an outage.
+        self._retry = threading.Lock()
         self._warned: set[str] = set()  # said once by this process
 
     def _write(self, step: Step, values: Data) -> Any:

@@ -96,8 +96,7 @@ class Workers:
 
     def start(self) -> None:
         """Start the threads. They begin with the messages a previous process left."""
-        self._fill_pool()  # before the loop, which fills it, too
-        self.in_background(self._maintain)
+        self.in_background(self._maintain)  # which fills the pool
 
     def _fill_pool(self) -> None:
         """Start the threads that are missing, e.g. in place of one that died."""

@@ -62,12 +62,15 @@ class Nicks(Mapping[str, str | None]):
 
         Nothing is raised: without its nick a robot is known by its UserID.
         """
+        if not robot:  # of a recall in a group
+            return
         _ = self[robot]
         with self._lock:
             now = time.monotonic()
-            due = [one for one, at in [*self._due.items()] if at <= now][:PROFILES]
+            due = [one for one, at in [*self._due.items()] if at <= now]
             if robot not in due:
                 return
+            due = [robot, *(one for one in due if one != robot)][:PROFILES]
             found = self._ask(due)
             wait = self._timing.nick_retry if found is None else self._timing.nick_life
             for one in due:

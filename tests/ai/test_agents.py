@@ -616,3 +616,25 @@ def test_what_a_robot_says_first_is_told_once_to_a_service_that_remembers(
         "assistant: paid\nuser: q3",
     ]
     assert [m.text for m in sim.delivered].count("paid") == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_robot_said_unasked_is_told_after_a_question_that_failed(
+    sim, agent, fails
+):
+    im = agent("dify", history_turns=5)
+    said = callback.Message("say 1", "@RBT#001", "jared", "", kind="said")
+    more = {"reply": "your parcel was shipped", "remember": True}
+    bot_of(im).workers.add(said.id, said.conversation(), said.data(), **more)
+    sim.wait(1)
+    poll(lambda: idle(im))
+    if fails:
+        sim.ai_fault = lambda body: (401, {"code": "unauthorized", "message": "no"})
+        im.say("hello")
+        sim.wait(2)
+        poll(lambda: idle(im))
+        sim.ai_fault = lambda body: None
+    im.say("and?")
+    sim.wait(2 + fails)
+    poll(lambda: idle(im))
+    assert "shipped" in sim.ai_requests[-1]["query"]
