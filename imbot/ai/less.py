@@ -24,7 +24,7 @@ CUTS = {  # cheapest first, with the words of a refusal that name it
     "options": r"think|reason|max_\w*tokens|param|argument|unrecogni|field|option",
     "system": r"system",
 }
-VALUE = ["system", "options", "pictures", "history"]  # the last one is missed most
+VALUE = ["system", "options", "pictures", "history"]  # least valuable first
 NO_LIMIT = float("inf")
 PLACEHOLDER = "…"  # what a user "said" before a robot wrote first
 
@@ -91,7 +91,7 @@ def _join(*both: Any) -> Any:
 
 
 def _mark(turns: list[Json]) -> int:
-    """Return by what the end of some turns is known again: the last two."""
+    """Return a hash of the last two turns, which identifies this place in a chat."""
     return hash(tuple(words(turn) for turn in turns[-2:]))
 
 

@@ -98,8 +98,8 @@ class Provider:
     ) -> Texts:
         """Yield the answer so far, every `update_interval` seconds; if 0, once, whole.
 
-        `messages` are OpenAI's. At the last text `scope.ended` may be set: then it need
-        not be shown as growing. It asks again where that may help, with less if the
+        `messages` are OpenAI's. `scope.ended` is set before the final text, which the
+        caller shows with close(). It asks again where that may help, with less if the
         service refuses what it is asked (`scope.left_out` then tells "pictures" or
         "history"), as long as nothing was yielded. Leaving the loop ends the call.
         Raises ProviderError.
@@ -177,9 +177,9 @@ class Provider:
     ) -> Texts:
         """Send a request and yield the answer so far, without its thinking.
 
-        `read` adds the text of an event to the parts of the answer, or changes them,
-        and returns "stop" at the end, "" before, or the event if it tells of an error;
-        without it the format is OpenAI's. Raises ProviderError, after the last text if
+        `read(event, parts)` appends to `parts`, or changes them. It returns "stop" at
+        the end, "" before that, or the event itself if it is an error. The default
+        reads OpenAI's format. Raises ProviderError, after the last text if
         the answer is not whole.
         """
         scope = question.scope
