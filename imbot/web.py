@@ -89,7 +89,7 @@ class Throttle:
         self._kinds: dict[str, tuple[float, int]] = {}  # next admission, not admitted
 
     def admit(self, kind: str) -> int | None:
-        """Return how many were not admitted since the last one; None: nor is this one."""
+        """Admit one and return how many were not since the last, or return None."""
         now = time.monotonic()
         with self._lock:
             next_at, unseen = self._kinds.get(kind, (now, 0))
