@@ -194,7 +194,7 @@ class PostgresStore(Store):
     def _transact(self, step: Step, values: Data) -> Any:
         # This process may live on when the server crashes, and a finish() lost in the
         # crash would never be repeated. (SQLite's file crashes with its processes.)
-        durable = step in DURABLE or step is end_step
+        durable = step in DURABLE or step in ("save_reply", end_step)
         begin = BEGIN.format(self.timing.step * 1000)
         begin += "" if durable else "SET LOCAL synchronous_commit = off; "
 

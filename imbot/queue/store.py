@@ -45,7 +45,7 @@ MAX_ATTEMPTS = 3  # claims that may expire before the message is marked failed
 RECENT = 20_000  # messages among which one that was recalled is sought
 CHECKED = "x" * 8192  # what `check` writes
 UNREADABLE = "it cannot be read"
-DURABLE = (add_step, check_step, "save_reply")  # on disk before they return
+DURABLE = (add_step, check_step)  # on disk before they return
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +274,7 @@ class Store:
     def save_reply(
         self, claim: Claim, reply: Any, progress: Data, remember: bool = True
     ) -> bool:
-        """Keep the reply on disk before it is sent, and the progress of sending it.
+        """Keep the reply before it is sent, and the progress of sending it.
 
         A reply that is None stays as it is. Without `remember` neither text nor reply
         outlives finish. Return False if the claim was lost.

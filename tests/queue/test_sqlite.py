@@ -79,19 +79,6 @@ def test_what_was_acknowledged_outlives_a_power_cut(store, path, tmp_path, more)
         assert [answer(later).id for _ in "123"] == ["1", "2", "3"]
 
 
-def test_an_answer_outlives_a_power_cut_before_it_is_sent(store, path, tmp_path):
-    put(store, "1")
-    claim = store.claim()
-    syncs = traced(store)
-    store.save_reply(claim, "the answer", {"part": 1})
-    assert [line for line in syncs if "synchronous" in line][-1].endswith("FULL")
-    synced = wal_of(path).stat().st_size
-    store.save_reply(claim, None, {"part": 2})
-    with closing(after_a_power_cut(path, tmp_path, synced)) as later:
-        again = later.claim() or poll(later.claim)
-        assert (again.reply, again.progress) == ("the answer", {"part": 1})
-
-
 def wal_of(path):
     return path.with_name(f"{path.name}-wal")
 
