@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import requests
@@ -218,9 +220,11 @@ def test_the_robots_have_the_names_of_their_personas(tmp_path):
 
 
 def news(url):
-    """Yield what the stand-in tells the page."""
+    """Yield what the stand-in tells the page, for half a minute at most."""
+    end = time.monotonic() + 30
     with requests.get(f"{url}/page", stream=True, timeout=30) as stream:
         for line in stream.iter_lines(chunk_size=1):
+            assert time.monotonic() < end, "the page was not told in time"
             if line:
                 yield from json.loads(line.removeprefix(b"data: "))
 
@@ -313,8 +317,7 @@ def test_a_bot_elsewhere_is_driven_with_the_settings_that_are_printed(
 ):
     bot, port = BotProcess(sim, str(tmp_path)), str(free_port())
     process, printed = demonstration("--bot", f"{bot.url}/im", "--port", port)
-    lines = [line for line in printed.splitlines() if line.startswith("export ")]
-    bot.env |= dict(line.removeprefix("export ").split("=", 1) for line in lines)
+    bot.env |= re.findall(r"^([A-Z_]+)=(.+)$", printed, re.MULTILINE)
     page = f"http://127.0.0.1:{port}"
     try:
         bot.start()
