@@ -124,7 +124,7 @@ def test_a_short_campaign_ends_with_zeros(store, request):
     found = {line[:24].strip(): int(line[24:].replace(",", "")) for line in lines}
     assert found["no store"] == 1
     assert found["answered"] >= found["acknowledged"] >= first.after + 300
-    assert found["callbacks lost"] >= found["caught up"] > 0
+    assert found["callbacks lost"] >= found["caught up"]
     for name in MUST_BE_ZERO:
         assert found[name] == 0
 
