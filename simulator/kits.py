@@ -1,10 +1,13 @@
 """The rules of Tencent's chat kits (TUIKit) in a one-to-one chat with a robot.
 
 The phones' kits lock the input from a user's message until a finished chatbot element
-comes; a plain text does not unlock it. The older Vue kits never lock, but only append
-to a chatbot element that grows. In groups none of this happens.
+comes; a plain text does not unlock it. The older Vue kits only append to a chatbot
+element that grows. They hold the input, too, but any message frees it that is not an
+unfinished element: who can write on a phone can write there, so here they never lock.
+In groups none of this happens.
 
-Read in chat-uikit-android 8.9, Chat_UIKit (Swift) 9.0 and its Objective-C kit 8.6.
+Read in chat-uikit-android 8.9, Chat_UIKit (Swift) 9.0 and its Objective-C kit 8.6; the
+Vue kits 2.5.6 and 3.0.2 run in tests/slow/test_kits_in_npm.py.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class KitChat:
     def __init__(self, kit: str) -> None:
         self.kit, self.why = kit, ""
         self.shown: dict[Any, str] = {}
+        self._said: dict[Any, str] = {}  # what each message says now
 
     @property
     def locked(self) -> bool:
@@ -42,10 +46,12 @@ class KitChat:
     def show(self, key: Any, elements: list[Json]) -> None:
         """Show a message of the robot's, or what it was edited to."""
         cards = [chatbot_data(element) for element in elements]
-        before = self.shown.get(key, "")
-        self.shown[key] = "".join(map(self._drawn, elements))
+        text, before = "".join(map(self._drawn, elements)), self._said.get(key, "")
         if self.kit == "vue" and any(cards):
-            self.shown[key] = before + self.shown[key][len(before) :]
+            self.shown[key] = self.shown.get(key, "") + beyond(before, text)
+        else:
+            self.shown[key] = text
+        self._said[key] = text
         if self.kit == "phone" and any(cards):
             finished = all(is_finished(card) for card in cards if card)
             self.why = "" if finished else "growing"
@@ -59,3 +65,10 @@ class KitChat:
         if element["MsgType"] == "TIMTextElem":
             return str(element["MsgContent"]["Text"])
         return "" if element["MsgType"] == "TIMImageElem" else NOT_DRAWN[self.kit]
+
+
+def beyond(before: str, text: str) -> str:
+    """Return text.slice(before.length), as JavaScript counts: in UTF-16."""
+    shown = len(before.encode("utf-16-le", "surrogatepass"))
+    rest = text.encode("utf-16-le", "surrogatepass")[shown:]
+    return rest.decode("utf-16-le", "replace")

@@ -99,7 +99,7 @@ def test_a_vue_kit_only_appends_to_a_chatbot_message():
     for chat in (vue, phone):
         for text in ("The answer", "The ans", "Sorry, no answer came"):
             chat.show("key", card(text, isFinished=1))
-    assert vue.shown["key"] == "The answeranswer came"
+    assert vue.shown["key"] == "The answerno answer came"
     assert phone.shown["key"] == "Sorry, no answer came"
 
 
