@@ -2,8 +2,8 @@
 //
 // Standard input has the chat as JSON: [[flow, ID, element], ...], where flow is "in" or
 // "out", and an ID that comes again is a message that was modified. Standard output gets
-// {texts: what each message shows, by ID; streaming: whether the kit takes an answer for
-// unfinished, so that its input has a stop button and sends nothing}.
+// {texts: what each message shows, by ID; streaming: whether the kit waits for an answer's
+// end, after each event: then its input has a stop button and sends nothing}.
 //
 // The folder of this file must hold the kit in package/, and what the kit needs.
 
@@ -63,9 +63,10 @@ window.eval(await bundle());
 const { createApp, h, nextTick, reactive, robots, Card } = window.kit;
 
 const messages = reactive([]);
-let streaming = false;
+const streaming = [];
+let waits = false;
 robots.onSteamingStatusChange((chats) => {
-  streaming = Boolean(chats[CHAT]);
+  waits = Boolean(chats[CHAT]);
 });
 const draw = (message) =>
   h("p", { id: message.ID, key: message.ID }, [
@@ -88,6 +89,7 @@ function take(flow, ID, { MsgType: type, MsgContent: content }) {
 
 for (const event of await json(process.stdin)) {
   take(...event);
+  streaming.push(waits);
   await nextTick();
   for (let step = 0; step < STEPS && due.length; step++) due.shift()();
 }
