@@ -85,19 +85,20 @@ class AgentPlatforms(AIService):
             return dify_error(401, "unauthorized", told)
         if wrong := mistyped(asked, DIFY_FIELDS) or misdescribed(asked):
             return dify_error(400, "invalid_param", wrong)
-        if name and (name not in known or known[name].user != asked["user"]):
+        conversation = known.get(name)  # it may be forgotten while the answer is made
+        if name and (not conversation or conversation.user != asked["user"]):
             return dify_error(404, "not_found", "Conversation Not Exists.")
         if name in self.dify_completed:
             text = "The conversation has ended. Please start a new conversation."
             return dify_error(400, "conversation_completed", text)
         if broken := self._delayed(asked):
             return broken
-        if not name:
+        if not conversation:
             conversation = Conversation(asked["user"])
             name = conversation.id
             known[name] = conversation
             self.dify_begun.append(name)
-        text = self._answer_in(known[name], asked["query"])
+        text = self._answer_in(conversation, asked["query"])
         task = str(uuid.uuid4())
         path = f"/v1/chat-messages/{task}/stop"
         self.services[path] = partial(self._stop_dify, task, asked["user"])
