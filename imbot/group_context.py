@@ -13,9 +13,8 @@ from .tencent.callback import (
     attributed,
     read_body,
 )
-from .tencent.history import UNREADABLE
 from .tencent.mentions import mentions
-from .tencent.rest import Client, IMError
+from .tencent.rest import UNREADABLE, Client, IMError
 
 LONGEST_LINE = 500  # characters of one message
 HEADING = (

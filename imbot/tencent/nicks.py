@@ -12,9 +12,8 @@ import time
 from collections.abc import Iterator, Mapping
 
 from .callback import Message, clean, read_mention
-from .history import UNREADABLE
 from .mentions import mentions
-from .rest import Client, IMError
+from .rest import UNREADABLE, Client, IMError
 
 NICK = "Tag_Profile_IM_Nick"
 PROFILES = 100  # accounts in one call, at most
