@@ -194,7 +194,7 @@ def test_after_two_outages_in_a_row_a_conversation_is_looked_up_once(stopped):
     """The first was not swept when the second began: a server died at once."""
     sim, now = stopped.sim, time.time()
     sim.say("jared", ROBOT, "long ago", MsgTime=int(now) - 40)
-    outages = [[1, now - 50, now - 9, 0]]
+    outages = [[1, now - 50, now - 9, 0, 0]]
     stopped.store.put("servers", {"number": 1, "outages": outages})
     sim.say("jared", ROBOT, "second")
     stopped.stop(away=6.0)
@@ -515,8 +515,8 @@ def test_what_came_after_a_refusal_did_not_overtake_it(bots, monkeypatch):
     keep_as_answered(bots, bots.sim.say("jared", ROBOT, "after"))
     newest = bots.store.newest()
     bots.bot.missed.beat()
-    [[_, _, _, before]] = bots.servers()["outages"]
-    assert before == newest - 1
+    [[*_, before, after]] = bots.servers()["outages"]
+    assert (before, after) == (newest - 1, newest)
 
 
 def test_a_refused_callback_is_answered_though_the_clock_was_set_back(
@@ -569,6 +569,23 @@ def test_a_callback_that_is_refused_during_an_outage_is_not_overtaken(
     sim.wait(4)
     unlisted.set()
     assert stopped.answered() == ["before", "looked up", "refused", "after"]
+
+
+def test_what_was_lost_after_an_outage_is_not_looked_up_for_it(stopped, unlisted):
+    """Tencent's history failed, so two questions were answered without a look-up; what
+    the network lost between them would come too late, what was missed does not."""
+    sim, fails = stopped.sim, [91000]
+    sim.say("jared", ROBOT, "missed")
+    wait = sim.fault
+    sim.fault = lambda c, body: fails[0] if c == ROAM else wait(c, body)
+    stopped.launch(timing=replace(FAST, look_up=0.3, rest=0.5)).im.say("after")
+    sim.wait(2)
+    sim.say("jared", ROBOT, "lost")
+    stopped.im.say("later")
+    sim.wait(3)
+    fails[0] = None
+    unlisted.set()
+    assert stopped.answered() == ["before", "after", "later", "missed"]
 
 
 @pytest.mark.slow
