@@ -21,6 +21,7 @@ from flask import Flask, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import is_running_from_reloader
 
+from . import commands
 from .ai import Provider, Service
 from .chat import Chat
 from .delivery import Delivery, Outbox
@@ -31,6 +32,7 @@ from .queue import (
     MAX_ATTEMPTS,
     NO_LIMIT,
     Added,
+    Claim,
     Job,
     Store,
     StoreBusy,
@@ -76,8 +78,11 @@ class Engine:
         self.providers = {
             p: settings.provider(p, self.services, timing) for p in personas
         }
-        days, threads = settings.retention_days, settings.worker_threads
-        self.workers = Workers(store, self.work, threads, days * 86400, timing)
+        share, seconds = settings.worker_threads, settings.retention_days * 86400
+        services = {provider.url for provider in self.providers.values()}
+        threads = share * len(services) + max(2, share // 8)  # for what asks none
+        self.workers = Workers(store, self.work, threads, seconds, timing)
+        self.workers.share, self.workers.lane_of = share, self.lane
         shared = settings, store, self.workers, self.im
         self.outbox = Outbox(*shared, self.texts, timing)
         self.missed: Missed | NothingMissed = NothingMissed()
@@ -260,6 +265,20 @@ class Engine:
         if not self.missed.comes_first(job.claim, message):
             delivery.settle()
             self.answer(chat, delivery)
+
+    def lane(self, claim: Claim) -> str:
+        """Return the address of the AI service that a message has to wait for, if any.
+
+        Commands, and answers that are only sent again, go past a slow service.
+        """
+        try:
+            message = Message.load(claim.data)
+        except (TypeError, KeyError):
+            return ""  # it cannot be read, and fails when it is worked on
+        asks = message.kind in ("question", "mention") and not commands.find(message)
+        if not asks or claim.reply is not None:
+            return ""
+        return self.providers[self.settings.persona(message.robot)].url
 
     def _chat(self, message: Message, conversation: str) -> Chat:
         settings = self.settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import usersig
 from botserver import Bot
 from imbot.queue import StoreError
+from imbot.settings import Persona
 from simulator import text_body
 from simulator.fixtures import TOKEN, Caller, idle, poll, said_to
 
@@ -309,7 +311,37 @@ def test_a_member_has_a_quarter_of_a_groups_queue(sim, make_app):
     poll(lambda: len(sim.delivered) == 4 and idle(im))
     texts = [message.text for message in sim.delivered]
     assert ["消息太多" in text for text in texts].count(True) == 1
-    assert [t[17:].split(" (")[0] for t in texts if "You" in t][-1].endswith("l")
+    asked = [re.search(r"said: \w+: (\w+)", text) for text in texts]
+    assert [found[1] for found in asked if found] == ["j0", "l", "j1"]
+
+
+def test_members_of_a_group_take_turns(sim, make_app):
+    im = Caller(sim, make_app(rate_limit=0).test_client())
+    sim.ai_delay = 0.3
+    for user, text in [("jared", f"j{n}") for n in range(4)] + [("lin", "l")]:
+        im.post(sim.say_in_group(user, "@TGS#demo", text, ["@RBT#001"]))
+    poll(lambda: len(sim.delivered) == 5 and idle(im))
+    order = [re.search(r"said: \w+: (\w+)", m.text)[1] for m in sim.delivered]
+    assert order == ["j0", "l", "j1", "j2", "j3"]
+
+
+def test_a_slow_service_holds_up_neither_commands_nor_another_service(sim, make_app):
+    robots = {"@RBT#002": Persona(provider="echo")}
+    app = make_app(worker_threads=2, robots=robots, bot_language="en")
+    im = Caller(sim, app.test_client())
+    sim.ai_delay = 1.5
+    users = [f"user{number}" for number in range(6)]
+    sim.users |= {*users}
+    for user in users:
+        im.post(sim.say(user, "@RBT#001", "slow"))
+    poll(lambda: len(sim.ai_requests) == 2)
+    im.post(sim.say("lin", "@RBT#001", "/help"))
+    im.post(sim.say("jared", "@RBT#002", "quick"))
+    quick = [message.text for message in sim.wait(2)]
+    assert sorted("help" in text for text in quick) == [False, True]
+    assert len(sim.ai_requests) == 2, "the service has its two threads"
+    sim.ai_delay = 0
+    poll(lambda: len(sim.delivered) == 8 and idle(im))
 
 
 def test_a_store_that_cannot_be_written_is_not_healthy(make_app, monkeypatch):

@@ -27,7 +27,7 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 
 from ..timing import NORMAL, Timing
 from .sql import (
-    ADD_VERSION,
+    ADD_COLUMNS,
     SCHEMA,
     Data,
     Rows,
@@ -40,6 +40,8 @@ from .sql import (
 from .store import DURABLE, Store, StoreBusy, StoreError
 
 CONNECTIONS = 4  # of one process at most: the smallest plans allow 20 in all
+HAS_COLUMN = """SELECT 1 FROM pg_attribute
+    WHERE attrelid = to_regclass(%s) AND attname = %s"""
 SCHEMA_LOCK = 1380076593  # names the advisory lock under which tables are made
 # Steps that wait for no worker: a callback or all claims depend on them.
 URGENT: tuple[Step, ...] = (
@@ -108,7 +110,6 @@ class PostgresStore(Store):
         "skip_locked": "FOR UPDATE SKIP LOCKED",
         "each": "SELECT value FROM jsonb_array_elements_text",
         "object_of": "json_object_agg",
-        "if_not_exists": "IF NOT EXISTS",
     }
 
     def __init__(
@@ -153,10 +154,14 @@ class PostgresStore(Store):
         # Looked for first: to create what exists waits for whoever vacuums a table, and
         # all who write wait behind.
         connection.deadline = time.monotonic() + self.timing.step
-        newest = "SELECT to_regclass('about') IS NOT NULL"
-        if connection.execute(newest).fetchone() != (True,):
+        newest = [*ADD_COLUMNS][-1]
+        if not connection.execute(HAS_COLUMN, newest).fetchone():
             lock = f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})"
-            tables = f"{SCHEMA}; {ADD_VERSION}".format(**self.dialect)
+            tables = SCHEMA.format(**self.dialect)
+            for (table, column), kind in ADD_COLUMNS.items():
+                tables += (
+                    f"; ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {column} {kind}"
+                )
             connection.execute(f"BEGIN; {lock}; {tables}; COMMIT")
 
         def execute(name: str, values: Data, last: bool = False) -> Rows:

@@ -44,8 +44,9 @@ class Added(StrEnum):
 
 # The state of a message is `open`, `done` (remembered), `gone` (only its id is left) or
 # `failed`. `due` is when a conversation may be claimed: at once, after a delay, or when
-# the lease of a claim expires. `attempts` counts the claims of its oldest message.
-# `about` says of what app the database is; it is the newest table (see postgres.py).
+# the lease of a claim expires. `attempts` counts the claims of its oldest message, and
+# `lane` is what that waits for, if a worker saw it. `served` is the asker whose message
+# ended last. `about` says of what app the database is.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS message (
     seq {serial},
@@ -69,7 +70,9 @@ CREATE TABLE IF NOT EXISTS conversation (
     due DOUBLE PRECISION NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0,
     token TEXT,
-    cancelled INTEGER NOT NULL DEFAULT 0
+    cancelled INTEGER NOT NULL DEFAULT 0,
+    lane TEXT NOT NULL DEFAULT '',
+    served TEXT
 ){without_rowid};
 CREATE TABLE IF NOT EXISTS kept (
     name TEXT PRIMARY KEY,
@@ -86,9 +89,12 @@ CREATE TABLE IF NOT EXISTS about (
     value TEXT NOT NULL
 ){without_rowid};
 """
-# For a table that was made before it had this column.
-ADD_VERSION = """ALTER TABLE message
-    ADD COLUMN {if_not_exists} version INTEGER NOT NULL DEFAULT 1"""
+# For tables that were made before they had these columns, the newest last.
+ADD_COLUMNS = {
+    ("message", "version"): "INTEGER NOT NULL DEFAULT 1",
+    ("conversation", "lane"): "TEXT NOT NULL DEFAULT ''",
+    ("conversation", "served"): "TEXT",
+}
 
 _OWN = """SELECT count(*) FROM message
     WHERE conversation = :conversation AND state = 'open' AND asker = :asker"""
@@ -125,19 +131,21 @@ SQL = {
     "known": "SELECT id, state, seq FROM message WHERE id IN ({each}(:ids))",
     "newest": "SELECT coalesce(max(seq), 0) FROM message",
     "drop": "DELETE FROM conversation WHERE name = :conversation AND open = 0",
-    # Take the conversation that is due longest.
+    # Take the conversation that is due longest, unless its lane is full.
     "take": """UPDATE conversation
         SET token = :token, due = {now} + :lease, attempts = attempts + 1
         WHERE name = (SELECT name FROM conversation WHERE due <= {now}
+                AND lane NOT IN ({each}(:full))
             ORDER BY due LIMIT 1 {skip_locked})
-        RETURNING name, attempts""",
-    # The message to work on, and the kept values that its worker asked for.
+        RETURNING name, attempts, served""",
+    # The message to work on, and the kept values that its worker asked for. Whoever was
+    # served last lets the other members of a group go first.
     "oldest": """SELECT seq, id, data, reply, progress, accepted, (
             SELECT CAST({object_of}(name, value) AS text)
             FROM kept WHERE name IN ({each}(:kept)))
         FROM message WHERE conversation = :conversation AND state = 'open'
             AND version <= :version
-        ORDER BY sent, seq LIMIT 1""",
+        ORDER BY CASE asker WHEN :served THEN 1 ELSE 0 END, sent, seq LIMIT 1""",
     # Extend leases; return those that did not expire.
     "heartbeat": """UPDATE conversation SET due = {now} + :lease
         WHERE name IN ({each}(:names)) AND token IN ({each}(:tokens))
@@ -158,7 +166,8 @@ SQL = {
     # Free the conversation of its only open message, or of one of several.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
     "free": f"""UPDATE conversation
-        SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0
+        SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0,
+            lane = '', served = (SELECT asker FROM message WHERE seq = :seq)
         WHERE {_HELD} RETURNING 1""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,
             state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,
@@ -168,7 +177,7 @@ SQL = {
     "fail": """UPDATE message SET state = 'failed', ended = {now}, reason = :reason
         WHERE seq = :seq""",
     "release": f"""UPDATE conversation SET token = NULL, due = {{now}} + :delay,
-            attempts = attempts - :uncounted
+            attempts = attempts - :uncounted, lane = :lane
         WHERE {_HELD}""",
     "cancel": """UPDATE conversation SET cancelled = 1
         WHERE name = :conversation RETURNING 1""",
@@ -235,12 +244,12 @@ def claim_step(execute: Execute, values: Data) -> tuple[str, int, Rows] | None:
     # Two statements: the second one sees what was finished before the first.
     if not (taken := execute("take", values)):
         return None
-    [(name, attempts)] = taken
+    [(name, attempts, served)] = taken
     kept = [one.replace("{conversation}", name) for one in values["kept"]]
-    values = values | {"conversation": name, "kept": json.dumps(kept)}
+    values = values | {"conversation": name, "kept": json.dumps(kept), "served": served}
     rows = execute("oldest", values)
     if not rows:
-        put_off = {"delay": values["lease"], "uncounted": 1}
+        put_off = {"delay": values["lease"], "uncounted": 1, "lane": ""}
         execute("release", values | put_off, last=True)
     return name, attempts, rows
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..timing import NORMAL, Timing
-from .sql import ADD_VERSION, SCHEMA, Data, Rows, Step
+from .sql import ADD_COLUMNS, SCHEMA, Data, Rows, Step
 from .store import DURABLE, Store, StoreError
 
 SMALLEST = 512  # bytes of a file with tables; SQLite notices if other pages are missing
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 REPAIR = "stop the server, move the file and its -wal away, and start again"
-HAS_VERSION = "SELECT 1 FROM pragma_table_info('message') WHERE name = 'version'"
+HAS_COLUMN = "SELECT 1 FROM pragma_table_info(:table) WHERE name = :column"
 
 
 class SQLiteStore(Store):
@@ -37,7 +37,6 @@ class SQLiteStore(Store):
         "skip_locked": "",
         "each": "SELECT value FROM json_each",
         "object_of": "json_group_object",
-        "if_not_exists": "",
     }
 
     def __init__(self, url: str, timing: Timing = NORMAL, app: int = 0) -> None:
@@ -70,9 +69,10 @@ class SQLiteStore(Store):
         self._execute("PRAGMA journal_mode = WAL", {})
         self._writer.execute("PRAGMA secure_delete = ON")
         self._writer.executescript(SCHEMA.format(**self.dialect))
-        if not self._execute(HAS_VERSION, {}):
-            with suppress(sqlite3.OperationalError):  # another process was faster
-                self._execute(ADD_VERSION.format(**self.dialect), {})
+        for (table, column), kind in ADD_COLUMNS.items():
+            if not self._execute(HAS_COLUMN, {"table": table, "column": column}):
+                with suppress(sqlite3.OperationalError):  # another process was faster
+                    self._execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}", {})
         [(found,)] = self._reader.execute("PRAGMA quick_check(1)").fetchall()
         if found != "ok":
             raise sqlite3.DatabaseError(f"it is damaged: {found}")

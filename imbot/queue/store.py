@@ -197,16 +197,18 @@ class Store:
             if outage:
                 self._retry.release()
 
-    def claim(self, kept: Sequence[str] = ()) -> Claim | None:
-        """Take the oldest open message of the conversation that has been due longest.
+    def claim(self, kept: Sequence[str] = (), full: Sequence[str] = ()) -> Claim | None:
+        """Take the oldest open message of the conversation that has been due longest,
+        among those that were not released into a lane that is `full`.
 
-        A claim lasts `lease` seconds. A message whose claims expired MAX_ATTEMPTS times
-        is claimed once more, as `exhausted`, and then failed. The claim brings the
-        values kept under the names `kept`, where {conversation} stands for its
-        conversation.
+        Askers who share a conversation take turns. A claim lasts `lease` seconds. A
+        message whose claims expired MAX_ATTEMPTS times is claimed once more, as
+        `exhausted`, and then failed. The claim brings the values kept under the names
+        `kept`, where {conversation} stands for its conversation.
         """
         values: Data = {"lease": self.timing.lease, "version": self.row_version}
         values |= {"kept": [storable(name) for name in kept]}
+        values |= {"full": json.dumps([*full])}
         while True:
             token = os.urandom(16).hex()
             found = self._run_in_turn(claim_step, **values, token=token)
@@ -306,12 +308,16 @@ class Store:
         values = _held(claim) | {"end": how, "reason": reason}
         return bool(self._run_in_turn(end_step, **values))
 
-    def release(self, claim: Claim, delay: float, attempted: bool = False) -> None:
-        """Give a message back, to be claimed again in `delay` seconds.
+    def release(
+        self, claim: Claim, delay: float, attempted: bool = False, lane: str = ""
+    ) -> None:
+        """Give a message back, to be claimed again in `delay` seconds, unless its
+        `lane` is full then.
 
         `attempted` counts this claim against MAX_ATTEMPTS, like one that expired.
         """
         values = _held(claim) | {"delay": delay, "uncounted": 1 - attempted}
+        values |= {"lane": lane}
         self._run_in_turn("release", **values)
 
     def cancel(self, conversation: str) -> bool:

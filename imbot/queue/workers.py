@@ -6,9 +6,11 @@
     workers.close(drain=20)
 
 `handle` gets each message as a Job and ends its claim with finish, fail or release; if
-it raises, the message is released. One more thread, the maintenance loop, sends the
-heartbeats, wakes threads for what other processes left behind, and prunes what is old.
-Nothing here knows of chats, AI or Tencent.
+it raises, the message is released. Messages that wait for the same slow thing are in
+one lane, which has at most `share` of the threads, so that others do not wait for it,
+too. One more thread, the maintenance loop, sends the heartbeats, wakes threads for what
+other processes left behind, and prunes what is old. Nothing here knows of chats, AI or
+Tencent.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import logging
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ class Job:
     """A claim in the hands of a thread of this process."""
 
     claim: Claim
+    lane: str = ""  # what it may wait for long, if anything
     lost: bool = False  # left to another process
     cancel: Callable[[], None] | None = None  # set by the handler: stop the work early
     tick: Callable[[], None] | None = None  # the same: called every `poll` seconds
@@ -72,6 +75,8 @@ class Workers:
         self.threads, self.retention = threads, retention  # a number, seconds
         self.backlog = 0  # messages that wait in the store, as last seen
         self.draining = False  # claim no more
+        self.share = threads  # of one lane, at most
+        self.lane_of: Callable[[Claim], str] = lambda claim: ""
         self.kept: Sequence[str] = ()  # names of kept values that each claim brings
         self.beat: Callable[[], None] | None = None  # called with each heartbeat
         self._pool: list[threading.Thread] = []
@@ -155,23 +160,46 @@ class Workers:
         """Run in each pool thread: claim and handle messages until draining."""
         while not self.draining:
             self._wake_ups.get()
-            while claim := self._claim():
-                self._work(claim)
+            while job := self._claim():
+                self._work(job)
 
-    def _claim(self) -> Claim | None:
-        if self.draining or self._store_down or not self._may_claim():
-            return None
+    def _claim(self) -> Job | None:
         try:
-            claim = self.store.claim(self.kept)
+            while not (self.draining or self._store_down) and self._may_claim():
+                claim = self.store.claim(self.kept, self._full_lanes())
+                if not claim:
+                    return None
+                if self._renews(claim):
+                    return None
+                job = Job(claim, self.lane_of(claim))
+                if self._takes(job):
+                    return job
         except StoreError as error:
             self._note(error)
-            return None
+        return None
+
+    def _full_lanes(self) -> list[str]:
+        """Return the lanes that have their share of the threads."""
+        if len(self._in_flight) < self.share:
+            return []
+        lanes = Counter(job.lane for job in self.jobs)
+        return [lane for lane in lanes if lane and lanes[lane] >= self.share]
+
+    def _renews(self, claim: Claim) -> bool:
+        """Return whether we still work on the message: only its lease expired."""
         with self._ended:
-            ours = claim and self._in_flight.get(claim.seq)
-        if claim and ours:  # its lease expired, but we still work on it
-            ours.claim = claim
-            return None
-        return claim
+            if ours := self._in_flight.get(claim.seq):
+                ours.claim = claim
+        return bool(ours)
+
+    def _takes(self, job: Job) -> bool:
+        """Put a job in flight. If its lane is full, let others go first."""
+        with self._ended:
+            if not self.draining and job.lane not in self._full_lanes():
+                self._in_flight[job.claim.seq] = job
+                return True
+        self._release(job, 0.0, lane=job.lane)
+        return False
 
     def _may_claim(self) -> bool:
         """Return whether it is safe to claim: not just after a pause or a missed
@@ -188,33 +216,27 @@ class Workers:
         suspend."""
         return max(now - then for now, then in zip(_clocks(), self._beat, strict=True))
 
-    def _work(self, claim: Claim) -> None:
+    def _work(self, job: Job) -> None:
         """Handle one message, and release it if that fails."""
-        job, again = Job(claim), self.timing.again
-        with self._ended:
-            too_late = self.draining  # close() does not wait for it
-            if not too_late:
-                self._in_flight[claim.seq] = job
-        if too_late:
-            return self._release(job, 0.0)
+        seq, id, again = job.claim.seq, job.claim.id, self.timing.again
         try:
             self.handle(job)
         except LeaseLost:
-            logger.info("%s is left to another process", claim.id)
+            logger.info("%s is left to another process", id)
             self._release(job, 0.0)  # changes nothing, unless we claimed it again
         except StoreError as error:
             its_fault = self._is_its_fault(error)
             if its_fault:
-                logger.error("%s failed: %s", claim.id, error)
+                logger.error("%s failed: %s", id, error)
             else:
                 self._note(error)
             self._release(job, again, attempted=its_fault)
         except Exception as error:
-            log_error(claim.id, error)
+            log_error(id, error)
             self._release(job, again, attempted=True)
         finally:
             with self._ended:
-                del self._in_flight[claim.seq]
+                del self._in_flight[seq]
                 self._ended.notify_all()
 
     def _is_its_fault(self, error: StoreError) -> bool:
@@ -230,8 +252,11 @@ class Workers:
             return False
         return True
 
-    def _release(self, job: Job, delay: float, attempted: bool = False) -> None:
-        self.when_store_works(self.store.release, job.claim, delay, attempted)
+    def _release(
+        self, job: Job, delay: float, attempted: bool = False, lane: str = ""
+    ) -> None:
+        values = job.claim, delay, attempted, lane
+        self.when_store_works(self.store.release, *values)
 
     def _note(self, error: StoreError) -> None:
         """Remember that the store is down, and log it once; busy is not down."""

@@ -181,6 +181,33 @@ def test_messages_of_a_conversation_are_ordered_by_when_they_were_sent(store):
     assert [data["text"] for data, _ in turns] == ["2", "3", "4"]
 
 
+def test_askers_who_share_a_conversation_take_turns(store):
+    for number, asker in enumerate(["lin", "lin", "lin", "ada", "lin", "bo"]):
+        store.add(f"{asker} {number}", "a group", {}, asker=asker, sent=float(number))
+    order = [answer(store).id for _ in range(6)]
+    assert order == ["lin 0", "ada 3", "lin 1", "bo 5", "lin 2", "lin 4"]
+
+
+def test_who_asks_alone_is_answered_in_order(store):
+    for number in (0, 1, 3, 2):
+        store.add(str(number), "lin", {}, asker="lin", sent=float(number))
+        if number == 1:
+            assert answer(store).id == "0"
+    assert [answer(store).id for _ in range(3)] == ["1", "2", "3"]
+
+
+def test_what_was_released_into_a_lane_waits_while_that_is_full(store):
+    put(store, "1", "2")
+    put(store, "3", to="lin")
+    store.release(store.claim(), 0.0, lane="slow")
+    assert [c and c.id for c in (store.claim(full=["slow"]),)] == ["3"]
+    assert store.claim(full=["slow", "other"]) is None
+    assert store.load() == (2, 1, 1)
+    claim = store.claim(full=["other"])
+    assert claim.id == "1" and not claim.exhausted and store.finish(claim)
+    assert store.claim(full=["slow"]).id == "2", "the lane was that of the first"
+
+
 def test_the_conversation_that_waits_longest_comes_first(store):
     for id in "abc":
         put(store, id, to=id)
@@ -756,16 +783,22 @@ def test_a_database_without_an_owner_belongs_to_the_next_app(url):
         assert store.owner() == 2
 
 
-OLD = """DROP TABLE about; ALTER TABLE message DROP COLUMN version"""
+OLDER = [
+    "ALTER TABLE conversation DROP COLUMN served",
+    "ALTER TABLE conversation DROP COLUMN lane",
+    "ALTER TABLE message DROP COLUMN version",
+    "DROP TABLE about",
+]
 
 
-def test_a_database_from_before_rows_had_a_version_is_opened(store, url, opened):
-    put(store, "1")
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_a_database_that_lacks_newer_columns_gets_them(store, url, opened, steps):
+    put(store, "1", "2")
     store.close()
-    for statement in OLD.split(";"):
+    for statement in OLDER[:steps]:
         query(url, statement)
     later = opened()
-    assert answer(later).id == "1" and later.owner() is None
+    assert [answer(later).id for _ in "12"] == ["1", "2"] and later.owner() is None
 
 
 def test_a_check_writes_something_and_leaves_nothing(store, url):

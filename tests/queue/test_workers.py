@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 
 import pytest
 from conftest import in_threads, poll
@@ -31,9 +32,11 @@ def start(store):
     """Return a function that starts a pool which handles messages in a given way."""
     pools = []
 
-    def start(handle, threads=4, store=store, **waits):
+    def start(handle, threads=4, store=store, share=None, lane_of=None, **waits):
         timing = fast(**{**QUICK, **waits})
         pools.append(Workers(store, handle, threads, retention=86400, timing=timing))
+        pools[-1].share = share or threads
+        pools[-1].lane_of = lane_of or pools[-1].lane_of
         pools[-1].start()
         return pools[-1]
 
@@ -63,6 +66,48 @@ def add(store, *ids):
 
 def idle(store):
     return store.load() == (0, 0, 0)
+
+
+def test_a_lane_leaves_threads_to_others(store, start):
+    """Two lanes are slow and full; what has none is handled, and they go on later."""
+    goes_on, done = threading.Event(), []
+    begun = Counter()
+
+    def handle(job):
+        begun[job.lane] += 1
+        assert not job.lane or goes_on.wait(9)
+        store.finish(job.claim)
+        done.append(job.claim.id)
+
+    pool = start(handle, threads=5, share=2, lane_of=lambda claim: claim.id[0].strip())
+    for number in range(4):
+        for lane in "ab":
+            pool.add(f"{lane}{number}", f"{lane}{number}", {})
+    poll(lambda: begun["a"] == begun["b"] == 2)
+    for number in range(8):
+        pool.add(f" {number}", "chat", {})
+    poll(lambda: len(done) == 8)
+    assert begun == {"a": 2, "b": 2, "": 8}
+    goes_on.set()
+    poll(lambda: len(done) == 16 and idle(store))
+    assert begun == {"a": 4, "b": 4, "": 8}
+
+
+def test_a_lane_has_its_share_also_if_all_threads_begin_at_once(store, start):
+    add(store, *(f"a{number}" for number in range(20)))
+    goes_on, begun = threading.Event(), []
+
+    def handle(job):
+        begun.append(job)
+        assert goes_on.wait(9)
+        store.finish(job.claim)
+
+    start(handle, threads=12, share=4, lane_of=lambda claim: "a")
+    poll(lambda: len(begun) == 4)
+    time.sleep(0.1)
+    assert len(begun) == 4
+    goes_on.set()
+    poll(lambda: idle(store))
 
 
 def test_what_waits_is_handled_by_as_many_threads_as_there_may_be(store, start):
@@ -152,11 +197,11 @@ def test_a_busy_store_is_not_down(store, start, caplog):
     add(store, "a", "b")
     broken, refused = Broken(store), []
 
-    def claim(kept):
+    def claim(*asked):
         if len(refused) < 3:
-            refused.append(kept)
+            refused.append(asked)
             raise StoreBusy("slow")
-        return store.claim(kept)
+        return store.claim(*asked)
 
     broken.claim = claim
     start(lambda job: store.finish(job.claim), store=broken)
@@ -380,8 +425,8 @@ def test_a_claim_that_comes_while_the_pool_is_closed_is_released(store, start):
     """Else it waits for its lease, with nobody to work on it."""
     broken, claimed, closed = Broken(store), threading.Event(), threading.Event()
 
-    def claim(kept):
-        if taken := store.claim(kept):
+    def claim(*asked):
+        if taken := store.claim(*asked):
             claimed.set()
             closed.wait(20)
         return taken

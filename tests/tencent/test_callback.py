@@ -252,14 +252,15 @@ def test_a_stop_reaches_a_question_that_still_waits(sim, make_app, gates):
     assert {*said} == {TEXTS["zh"]["stop"], TEXTS["zh"]["stopped"]}
 
 
-def test_stops_without_end_do_not_fill_the_store(sim, make_app, gates):
-    app = make_app(max_waiting=3, worker_threads=1)
+def test_stops_without_end_do_not_fill_the_store(sim, make_app):
+    app, goes_on = make_app(max_waiting=3, rate_limit=0), threading.Event()
     im, store = Caller(sim, app.test_client()), app.extensions["bot"].store
-    im.say("first", user="lin")
-    poll(lambda: sim.ai_requests)
+    sim.fault = lambda command, body: goes_on.wait(9) and None
     for _ in range(20):
         assert im.say("/stop").status_code == 200
-    assert store.stats()["waiting"] == 3
+    waiting = store.stats()
+    goes_on.set()
+    assert waiting["waiting"] + waiting["in_work"] == 3
 
 
 def test_forwarded_messages_are_read_by_their_abstract():
