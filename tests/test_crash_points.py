@@ -4,7 +4,9 @@ A step is before or after each write and read of the store, each REST call, and 
 text of the AI. Two questions are asked; the bot dies at step 1, then at step 2, ...
 until it lives through all of them. Each time a second bot on the same store must
 answer what was acknowledged: once as a user sees it, in order, whole and not open.
-In a second list the store fails at each step, for a while, and nothing dies.
+In a second list the store fails at each step, for a while, and nothing dies: after a
+step, the commit was made and nobody was told. In a third the first question was asked
+while no bot was there, so it has to be looked up.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, suppress
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +34,7 @@ from simulator.messages import STREAM_GAP
 QUESTIONS = 2
 QUICK = ("whole", False, True)
 AWAY = 0.15  # seconds for which the store fails
+TIMING = replace(FAST, look_up=0.5, rest=0.5)  # others wait for who died meanwhile
 MUST_BE_ZERO = ("lost", "twice", "misordered", "mangled", "left open", "locked")
 MUST_BE_ZERO += ("above its question", "told nothing")
 
@@ -84,8 +88,7 @@ def mortal(store_type, life):
             name = getattr(step, "__name__", step)
             life.step(f"before {name}", of_store=True)
             result = run(step, values)
-            if life.dies:
-                life.step(f"after {name}")
+            life.step(f"after {name}", of_store=True)
             return result
 
     return MortalStore
@@ -103,7 +106,7 @@ def mortal_bot(life):
 
     class MortalBot(Bot):
         @classmethod
-        def connect(cls, settings, timing=FAST):
+        def connect(cls, settings, timing=TIMING):
             client = super().connect(settings, timing)
             client.__class__ = MortalClient
             return client
@@ -166,7 +169,7 @@ def live_through(sim, monkeypatch):
         threading, "excepthook", lambda e: e.exc_type is Died or hook(e)
     )
 
-    def live_through(database, mode, in_group, dies, ends_at):
+    def live_through(database, mode, in_group, dies, ends_at, missed=False):
         number = next(numbers)
         user, group, robot = f"user{number}", "", f"@RBT#{number}"
         sim.users.add(user)
@@ -176,6 +179,8 @@ def live_through(sim, monkeypatch):
             sim.groups[group] = {user}
         chat, asked_before = Chat(user, robot, group), len(sim.ai_requests)
         settings = make_settings(sim, mode, database.new_url())
+        if missed:
+            miss_a_question(sim, chat, database.type(settings.database_url))
         life = Life(ends_at, dies)
         live(sim, settings, mortal(database.type, life), mortal_bot(life), chat, life)
         if dies and life.is_over.is_set():
@@ -200,15 +205,24 @@ def make_settings(sim, mode, url):
         database_url=url,
         reply_mode=mode,
         bot_language="en",
-        worker_threads=1,
         history_turns=2,
     )
 
 
+def miss_a_question(sim, chat, store):
+    """Ask while the server is away."""
+    store.put("servers", {"well": {"a server": time.time() - 9}})
+    store.close()
+    chat.asked += 1
+    sim.remember_event(next_event(sim, chat))
+    chat.lost[chat.asked] = time.time()
+
+
 def live(sim, settings, store_type, bot_type, chat, life=None):
     """Let a bot live until it has nothing to do, or dies."""
-    store = store_type(settings.database_url, FAST)
-    bot = bot_type(settings, store, FAST)
+    store = store_type(settings.database_url, TIMING)
+    bot = bot_type(settings, store, TIMING)
+    bot.workers.threads = 1  # so that steps have their numbers
     try:
         bot.workers.start()
         ask(sim, bot, chat, life)
@@ -262,7 +276,7 @@ def is_done(bot, sim, chat):
     """Return whether all is answered, and nothing is left to do."""
     with suppress(StoreError):
         waiting, in_work, _ = bot.store.load()
-        owed = len(chat.acknowledged) + len(chat.refused)
+        owed = len(chat.acknowledged) + len(chat.refused) + len(chat.lost)
         return waiting == in_work == 0 and len(shown_to(sim, chat)) >= owed
     return False
 
@@ -272,20 +286,20 @@ def verdict(sim, chat):
     shown = shown_to(sim, chat)
     for message in shown:
         message.time -= STREAM_GAP + 1  # after which Tencent has closed any stream
-    found = judge_all([chat], shown, [])
+    found = judge_all([chat], shown, [(0.0, time.time())])
     return {name: found[name] for name in MUST_BE_ZERO if found[name]}
 
 
-def walk(live_through, database, mode, in_group, dies):
+def walk(live_through, database, mode, in_group, dies, missed=False):
     """End at every step; the life that does not reach its end is the last."""
     wrong = {}
     for ends_at in itertools.count(1):
-        life, found = live_through(database, mode, in_group, dies, ends_at)
+        life, found = live_through(database, mode, in_group, dies, ends_at, missed)
         if found:
             wrong[ends_at, life.steps[-1]] = found
         if not life.is_over.is_set():
             break
-    print(f"{len(life.steps)} points, {mode}, {in_group=}, {dies=}")
+    print(f"{len(life.steps)} points, {mode}, {in_group=}, {dies=}, {missed=}")
     assert not wrong
 
 
@@ -312,3 +326,19 @@ def test_every_crash_point_on_postgres(
     live_through, shared_postgres, mode, in_group, dies
 ):
     walk(live_through, Postgres(shared_postgres.url), mode, in_group, dies)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "in_group", "dies"), CASES)
+def test_every_crash_point_of_a_look_up(live_through, tmp_path, mode, in_group, dies):
+    walk(live_through, SQLite(tmp_path), mode, in_group, dies, missed=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_group", [False, True])
+@pytest.mark.parametrize("dies", [True, False])
+def test_every_crash_point_of_a_look_up_on_postgres(
+    live_through, shared_postgres, in_group, dies
+):
+    database = Postgres(shared_postgres.url)
+    walk(live_through, database, "whole", in_group, dies, missed=True)
