@@ -260,7 +260,9 @@ class Engine:
         message = self.nicks.settle(Message.load(job.claim.data))
         chat = self._chat(message, job.claim.conversation)
         delivery = Delivery(self.outbox, job, chat, self._reply_mode(message))
-        if job.claim.exhausted or delivery.progress.gives_up:
+        # An answer that is kept is sent: only making one may end the process again.
+        too_often = job.claim.exhausted and not delivery.kept
+        if too_often or delivery.progress.gives_up:
             return delivery.give_up(f"its work was cut short {MAX_ATTEMPTS} times")
         if not self.missed.comes_first(job.claim, message):
             delivery.settle()

@@ -13,7 +13,8 @@ from conftest import FAST, Caller, delta, idle, message, poll, said_to, sse
 
 import simulator.tencent
 from botserver import REPLIES, Bot
-from imbot.queue import StoreError
+from imbot.delivery import Delivery
+from imbot.queue import MAX_ATTEMPTS, StoreError
 from imbot.texts import TEXTS
 
 EN, ROBOT = TEXTS["en"], "@RBT#001"
@@ -77,6 +78,26 @@ def test_a_message_whose_work_failed_three_times_is_told_and_closed(
     poll(lambda: health(im)["failed"] == 1)
     assert len(tries) == 3
     assert [m.text for m in sim.delivered] == [SORRY] and sim.delivered[0].closed
+
+
+@each_mode
+def test_an_answer_that_is_kept_is_sent_however_often_its_work_was_cut_short(
+    sim, make_app, mode, monkeypatch
+):
+    real, deaths = Delivery.show, []
+
+    def show(delivery, answer):
+        if len(deaths) < MAX_ATTEMPTS:
+            deaths.append(answer)
+            raise ValueError("this process is killed")
+        real(delivery, answer)
+
+    monkeypatch.setattr(Delivery, "show", show)
+    im = Caller(sim, make_app(QUICK, reply_mode=mode, bot_language="en").test_client())
+    im.say("tell")
+    poll(lambda: deaths and idle(im))
+    assert [*filter(None, said_to(sim, "jared"))] == ["tell"]
+    assert health(im)["failed"] == 0 and len(sim.ai_requests) == 1
 
 
 @each_mode
