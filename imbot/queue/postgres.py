@@ -53,6 +53,8 @@ HOPELESS = (
     "authentication failed|no password|does not exist|no such|pg_hba|"
     "support SSL|certificate"
 )
+WAIT = "correct it, or set DATABASE_WAIT=1 if that name appears only later"
+READ_ONLY = "25006"  # an SQLSTATE
 UNKNOWN_HOST = "failed to resolve host|could not translate host name"
 # SQLSTATEs of a lost connection: no code, server shutdown, server crash.
 CLOSED = (None, "57P01", "57P02")
@@ -146,8 +148,7 @@ class PostgresStore(Store):
             if not passing or re.search(HOPELESS, str(error)):
                 raise StoreError(self._redacted(error)) from None
             if not wait and re.search(UNKNOWN_HOST, str(error)):
-                text = f"{self._redacted(error)}: correct it, or set DATABASE_WAIT=1"
-                raise StoreError(text) from None
+                raise StoreError(f"{self._redacted(error)}: {WAIT}") from None
 
     def _prepare(self, connection: BoundedConnection) -> None:
         """Create the tables unless they exist, and check whose the database is."""
@@ -230,6 +231,8 @@ class PostgresStore(Store):
         text = error.diag.message_primary or (str(error) or "?").splitlines()[0]
         if self._password:
             text = text.replace(self._password, "***")
+        if error.sqlstate == READ_ONLY:
+            text += ": name the server that takes writes"
         return f"PostgreSQL cannot be used: {text}"
 
     def durability(self) -> str:

@@ -17,6 +17,12 @@ from .sql import ADD_COLUMNS, SCHEMA, Data, Rows, Step
 from .store import DURABLE, Store, StoreError
 
 SMALLEST = 512  # bytes of a file with tables; SQLite notices if other pages are missing
+NOT_OURS = "the bot must be allowed to write to it and to its folder"
+HINTS = {  # what an operator can do, by the kind of SQLite's error
+    sqlite3.SQLITE_READONLY: NOT_OURS,
+    sqlite3.SQLITE_CANTOPEN: NOT_OURS,
+    sqlite3.SQLITE_FULL: "make room on its disk",
+}
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 REPAIR = "stop the server, move the file and its -wal away, and start again"
 HAS_COLUMN = "SELECT 1 FROM pragma_table_info(:table) WHERE name = :column"
@@ -50,10 +56,13 @@ class SQLiteStore(Store):
         try:
             self._open()
             self._check_owner(self._execute)
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             self.close()
-            why = f"the database {self.path} cannot be opened: {error}"
+            why = f"{self.path} cannot be opened: {error.strerror}: {NOT_OURS}"
             raise StoreError(why) from None
+        except sqlite3.Error as error:
+            self.close()
+            raise StoreError(self._explain("opened", error)) from None
         except StoreError:
             self.close()
             raise
@@ -106,9 +115,11 @@ class SQLiteStore(Store):
 
     def _explain(self, what: str, error: Exception) -> str:
         """Return what an operator needs to know; remember that the file is damaged."""
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
+        kind = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if kind in DAMAGED:
             self._damage = f"{self.path} is damaged ({error}): {REPAIR}"
-        return self._damage or f"the database cannot be {what}: {error}"
+        hint = f": {HINTS[kind]}" if kind in HINTS else ""
+        return self._damage or f"{self.path} cannot be {what}: {error}{hint}"
 
     def _execute(self, step: Step, values: Data, last: bool = False) -> Any:
         """Run a step or a statement as soon as the lock is free.
@@ -171,7 +182,7 @@ class SQLiteStore(Store):
 
     def _read(self, name: str, values: Data) -> Rows:
         if not self._read_lock.acquire(timeout=self.timing.locked):
-            raise StoreError("the database cannot be read: it is busy")
+            raise StoreError(f"{self.path} cannot be read: it is busy")
         try:
             self._check_file()
             values = {**values, "now": time.time()}

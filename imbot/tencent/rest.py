@@ -18,7 +18,7 @@ from urllib.parse import quote
 import requests
 from urllib3.exceptions import HTTPError, MaxRetryError
 
-from ..http import CallEnded, CancelScope, Session, TooLarge, read_all
+from ..http import CallEnded, CancelScope, Session, TooLarge, cause_of, read_all
 from ..outside import printable
 from ..redact import redact
 from ..timing import NORMAL, Timing
@@ -206,7 +206,7 @@ class Client:
                 answer = read_all(response, LARGEST_ANSWER)
         except (requests.RequestException, HTTPError, CallEnded, TooLarge) as error:
             # Its text holds the URL with the UserSig: tell only its name.
-            reason = f"no answer ({type(error).__name__})"
+            reason = f"no answer ({cause_of(error)[1] or type(error).__name__})"
             no_address = isinstance(error, ValueError)
             no_connection = any(isinstance(arg, MaxRetryError) for arg in error.args)
             sent = not (no_address or no_connection)

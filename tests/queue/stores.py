@@ -118,9 +118,9 @@ def opened(url, wait=False, **waits):
 
 @contextmanager
 def full_disk(path):
-    """Let no file grow beyond what the WAL has now."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = path.with_name(f"{path.name}-wal").stat().st_size
+    """Let no file grow beyond what the WAL has now, if there is one."""
+    limits, wal = resource.getrlimit(resource.RLIMIT_FSIZE), f"{path.name}-wal"
+    size = path.with_name(wal).stat().st_size if path.exists() else 4096
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield

@@ -49,6 +49,12 @@ def test_it_finds_that_a_database_is_another_apps(settings):
         check_store(settings)
 
 
+def test_it_finds_a_full_disk_before_there_is_a_database(settings, path):
+    with full_disk(path), pytest.raises(ValueError, match="cannot be made: File too"):
+        check_store(settings)
+    assert not [*path.parent.iterdir()]
+
+
 def test_it_finds_a_full_disk(settings, path):
     with closing(open_store(settings.database_url)) as store:
         put(store, "1")

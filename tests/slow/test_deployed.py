@@ -147,7 +147,7 @@ def test_the_reloader_serves_with_one_bot_and_takes_changes(sim, folder, run):
 def test_a_reloader_without_settings_says_so_once_and_ends(folder, run):
     log = run([*FLASK, "run", "--debug", "--port", str(free_port())], folder)
     assert run.process.wait(40) == 1
-    assert log().count("The settings are not complete") == 1
+    assert log().count("Some settings are missing or wrong") == 1
 
 
 @pytest.mark.parametrize("how", ["--chdir", "PYTHONPATH"])

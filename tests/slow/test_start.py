@@ -35,7 +35,7 @@ def test_a_wrong_setting_stops_the_start_and_is_all_that_is_said(
     bot = BotProcess(sim, str(tmp_path), WEB_CONCURRENCY=workers, **settings).launch()
     assert bot.wait(20) == 3
     said = [line for line in bot.log.read_text().splitlines() if line]
-    assert said[0].startswith(("The settings are not complete", "DATABASE_URL"))
+    assert said[0].startswith(("Some settings are missing or wrong", "DATABASE_URL"))
     assert len(said) == (1 if "DATABASE_URL" in settings else len(settings) + 1)
     assert all(name in "".join(said) for name in settings)
 
