@@ -134,11 +134,11 @@ class Bot(Engine):
         if found := commands.find(message):
             run, argument = found
             return run(chat, argument)
+        # Your own answers go here.
         if message.kind == "greeting":  # a bare mention
             return show_help(chat, "")
         if message.kind == "unsupported":  # a voice, a file
             return chat.texts["unsupported"]
-        # Your own answers go here.
         is_picture = not (message.text or message.quote)
         if is_picture and not self.provider(chat).service.images:
             return chat.texts["no_vision"]

@@ -18,7 +18,7 @@ from imbot.queue import open_store
 from simulator import KEY, check_user_sig
 from simulator.bot import bot_settings
 
-QUICK = replace(FAST, watch=0.3, call_timeout=2.0)
+QUICK = replace(FAST, watch=2.0, call_timeout=2.0)
 
 
 @pytest.fixture

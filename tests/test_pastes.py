@@ -165,7 +165,7 @@ def test_an_answer_without_the_ai(paste, start, hours, monkeypatch):
 
     class Clock:
         @staticmethod
-        def now():
+        def now(zone):
             return type("Now", (), {"hour": 12 if hours[1] == 24 else 3})
 
     module.datetime = Clock
@@ -181,7 +181,7 @@ def test_at_night_commands_work_and_recalled_questions_are_left(paste, start, si
 
     class Clock:
         @staticmethod
-        def now():
+        def now(zone):
             return type("Now", (), {"hour": 3})
 
     module.datetime = Clock
@@ -231,8 +231,9 @@ def test_what_was_sent_is_recorded(paste, start):
     say_everywhere(start(paste("answers.csv")), "hello")
     text = poll(lambda: (t := Path("answers.csv").read_text()).count("\n") == 2 and t)
     rows = [*csv.reader(text.splitlines())]
-    assert [row[:2] for row in rows] == [["jared", "hello"], ["lin", "hello"]]
-    assert all(row[2].startswith("You said") for row in rows)
+    assert [row[1:3] for row in rows] == [["@RBT#001", ""], ["@RBT#001", "@TGS#demo"]]
+    assert [row[3:5] for row in rows] == [["jared", "hello"], ["lin", "hello"]]
+    assert all(row[0].isdigit() and "You said" in row[5] for row in rows)
 
 
 def test_a_route(paste, start):

@@ -146,7 +146,8 @@ def test_a_call_that_finds_no_tls_has_not_arrived():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
-        error = failure(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        error = failure(url, Timing(pauses=(), call_timeout=20))
         thread.join()
     assert error.retry and not error.may_have_arrived
 
