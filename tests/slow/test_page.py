@@ -345,6 +345,32 @@ def test_trouble_is_seen_on_the_chat_and_can_be_undone(stage):
     poll(lambda: bot.alive() and not sim.unreachable)
 
 
+def test_the_end_of_a_chat_stays_in_sight(stage):
+    page = stage.page
+    script = """const log = document.getElementById("log");
+        return log.scrollHeight - log.scrollTop - log.clientHeight"""
+    below = partial(page.browser.execute_script, script)
+    for number in range(1, 3):
+        page.click("[data-say^='Show me']")
+        poll(lambda number=number: len(page.answers()) == number)
+    poll(lambda: below() < 2)
+    page.choose("ai", "slow")  # a banner comes
+    poll(lambda: page.all("#troubled")[0].is_displayed())
+    poll(lambda: below() < 2)
+    page.browser.execute_script("write('line\\n'.repeat(9))")
+    poll(lambda: below() < 2)
+
+    # It is left to its user to read what is above, until they write.
+    page.browser.execute_script("document.getElementById('log').scrollTop = 0")
+    poll(lambda: not page.browser.execute_script("return low"))
+    page.browser.execute_script("write('')")
+    page.choose("ai", "")
+    poll(lambda: not page.all("#troubled")[0].is_displayed())
+    assert below() > 80
+    page.click("[data-say='Hello!']")
+    poll(lambda: len(page.answers()) == 3 and below() < 2)
+
+
 def test_the_requests_of_a_message_are_easy_to_read(stage):
     page, sim = stage.page, stage.sim
     assert page.browser.title == "Tencent IM stand-in"
