@@ -57,9 +57,15 @@ class Page:
 
     def __init__(self, browser, url, width=1280):
         self.browser = browser
-        browser.set_window_size(width, 800)
+        self.resize(width)
         browser.get(url)
         poll(lambda: self.all("#chats button"))
+
+    def resize(self, width, height=800):
+        """Have a page of this size; a window has at least 500 pixels."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1}
+        asked = size | {"mobile": False}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", asked)
 
     def all(self, selector):
         return self.browser.find_elements("css selector", selector)
@@ -123,7 +129,7 @@ def test_a_chat_in_a_browser(stage, browser):
     assert "bot → IM sendmsg" in page.text("#calls")
     assert "&usersig=•••&" in page.text("#calls")
     if picture := os.environ.get("PICTURE"):
-        browser.set_window_size(1280, 920)
+        page.resize(1280, 920)
         asked = {"format": "webp", "quality": 60}
         shot = browser.execute_cdp_cmd("Page.captureScreenshot", asked)
         Path(picture).write_bytes(base64.b64decode(shot["data"]))
@@ -258,8 +264,24 @@ def test_on_a_phone_what_can_be_touched_is_large(stage):
     assert not page.all("#panel")[0].is_displayed()
     page.all("#log .bubble")[0].click()
     assert page.all("#panel")[0].is_displayed()
+    page.browser.execute_script("arguments[0].scrollTop = 1e6", page.all("#panel")[0])
+    assert page.all("#close")[0].rect["y"] < 400
     for item in page.all("button, select, summary"):
         assert not item.is_displayed() or item.size["height"] >= 40, item.text
+
+    # What takes two lines does not lie on the message.
+    page.resize(320)
+    page.click("#close")
+    page.click("[data-to^='@TGS']")
+    stage.sim.say_in_group("lin", "@TGS#demo", "without a mention", [])
+    poll(lambda: "no robot is mentioned" in page.text("#log .mark"))
+    script = """const range = document.createRange();
+        range.selectNodeContents(document.querySelector("#log .mark"));
+        const bubble = document.querySelector("#log .bubble").getBoundingClientRect();
+        const mark = range.getBoundingClientRect();
+        return [range.getClientRects().length, mark.top - bubble.bottom]"""
+    lines, apart = page.browser.execute_script(script)
+    assert lines >= 2 and apart >= 0
 
 
 def test_every_call_belongs_to_its_question():
@@ -369,6 +391,23 @@ def test_the_end_of_a_chat_stays_in_sight(stage):
     assert below() > 80
     page.click("[data-say='Hello!']")
     poll(lambda: len(page.answers()) == 3 and below() < 2)
+
+
+def test_a_reply_to_a_long_message_leaves_room_to_write_it(stage):
+    page = stage.page
+    script = "say(`${'one long line '.repeat(40)}\\n${'a line\\n'.repeat(60)}`)"
+    page.browser.execute_script(script)
+    poll(lambda: page.all("#log .mine"))
+    for width in (1280, 768, 390):
+        page = Page(page.browser, stage.sim.url, width)
+        page.all("#log .mine .mark")[0].click()
+        page.click("[data-do=reply]")
+        poll(lambda page=page: page.text("#quoted"))
+        box = page.all("#form")[0].rect
+        for button in ("#send", "#quote button"):
+            rect = page.all(button)[0].rect
+            assert rect["x"] + rect["width"] <= box["x"] + box["width"]
+        assert box["height"] < 250 and page.all("#log")[0].size["width"] > 350
 
 
 def test_the_requests_of_a_message_are_easy_to_read(stage):
