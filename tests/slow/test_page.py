@@ -410,6 +410,19 @@ def test_a_reply_to_a_long_message_leaves_room_to_write_it(stage):
         assert box["height"] < 250 and page.all("#log")[0].size["width"] > 350
 
 
+def test_the_page_can_be_used_by_keyboard_and_by_ear(stage):
+    page = stage.page
+    for button in ("[data-to='@RBT#002']", "[data-me=lin]"):
+        page.all(button)[0].send_keys("\n")
+        poll(lambda button=button: page.all(f"{button}:focus"))
+    page.all("#text")[0].send_keys("hello")
+    page.click("#send")
+    poll(page.answers)
+    assert page.all("#text:focus")
+    names = [face.accessible_name for face in page.all("#log .face")]
+    assert names == ["lin", "Helper"]
+
+
 def test_the_requests_of_a_message_are_easy_to_read(stage):
     page, sim = stage.page, stage.sim
     assert page.browser.title == "Tencent IM stand-in"
