@@ -345,6 +345,7 @@ def test_a_phones_input_is_locked_as_the_kit_locks_it(stage):
     send(sim, text_body("a plain text"))
     poll(lambda: "what came is no chatbot message" in page.text("#lock"))
     assert page.text("#waits .bubble") == "…"
+    page.all("#text")[0].send_keys("!")
     assert not page.all("#tips [data-say]")[0].is_enabled()
     for kit in ("vue", ""):
         page.choose("kit", kit)
@@ -422,6 +423,11 @@ def test_the_page_can_be_used_by_keyboard_and_by_ear(stage):
     names = [face.accessible_name for face in page.all("#log .face")]
     assert names == ["lin", "Helper"]
 
+    # What is written while the stand-in is away is kept.
+    page.browser.execute_script("news.onerror()")
+    page.write("nobody hears me")
+    assert page.draft() == "nobody hears me" and len(stage.sim.said) == 1
+
 
 def test_the_requests_of_a_message_are_easy_to_read(stage):
     page, sim = stage.page, stage.sim
@@ -477,7 +483,7 @@ def test_a_bot_that_is_not_there_is_missed(stage):
     page, bot = stage.page, stage.bot
     bot.stop()
     page.write("hello?")
-    poll(lambda: "Nobody answers at the bot's address" in page.text("#banner"))
+    poll(lambda: "Nobody answers at http:" in page.text("#banner"))
     bot.start()
     page.write("hello!")
     poll(lambda: "stand-in that repeats" in page.text("#banner"))
