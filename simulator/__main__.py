@@ -28,11 +28,13 @@ from providers import PROVIDERS
 from .ai import actor
 from .bot import ROOT, bot_settings, interrupt_on_signals, running
 from .botlog import warnings_told
+from .messages import Delivered
 from .page import PACE
 from .relay import Relay
 from .server import Simulator
 
 ROBOT, GROUP = "@RBT#001", "@TGS#demo"
+MORE = 0.3  # seconds between two messages of one answer, at most
 OURS = ("DATABASE_URL", "ALLOW_UNSIGNED", "PORT")  # and IM_…: the bot gets others
 TEXTS: dict[str, dict[str, Any]] = {
     "en": {
@@ -46,6 +48,7 @@ TEXTS: dict[str, dict[str, Any]] = {
         "warning": "The bot warns: {}",
         "write": "Write to the robot; after /g to the group; Ctrl-D ends.",
         "no answer": "No answer came.",
+        "picture": "[picture] {}",
         "one": "[one-to-one] {}: {}",
         "group": "[group {}] {}: {}",
         "say": ["Hello!", "What did I say before?"],
@@ -62,6 +65,7 @@ TEXTS: dict[str, dict[str, Any]] = {
         "warning": "机器人的警告：{}",
         "write": "请给机器人写消息；以 /g 开头就写到群里；按 Ctrl-D 结束。",
         "no answer": "没有等到回答。",
+        "picture": "[图片] {}",
         "one": "[单聊] {}：{}",
         "group": "[群聊 {}] {}：{}",
         "say": ["你好", "我刚才说了什么？"],
@@ -86,9 +90,24 @@ class Demonstration:
             simulator.say_in_group(user, group, text, [ROBOT])
         else:
             simulator.say(user, ROBOT, text)
-        for message in simulator.wait(known + 1, 90, chat, closed=True)[known:]:
+        for message in self._answers(chat, known):
             took = (time.monotonic() - began) * 1000
-            self._print(robot, f"{message.text}   ({took:.0f} ms)", group)
+            pictures = map(self.texts["picture"].format, message.pictures)
+            if shown := " ".join(filter(None, (message.text, *pictures))):
+                self._print(robot, f"{shown}   ({took:.0f} ms)", group)
+
+    def _answers(self, chat: str, known: int) -> Iterator[Delivered]:
+        """Yield the messages of an answer as they come. Raises TimeoutError."""
+        patience = 90.0
+        while True:
+            try:
+                shown = self.simulator.wait(known + 1, patience, chat, closed=True)
+            except TimeoutError:
+                if patience == MORE:
+                    return
+                raise
+            yield from shown[known:]
+            known, patience = len(shown), MORE
 
     def _print(self, who: str, text: str, group: str) -> None:
         line = self.texts["group" if group else "one"]
@@ -208,7 +227,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m simulator", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--say", action="append", default=[], metavar="TEXT")
+    told = "a message of the conversation, in place of ours; once for each"
+    parser.add_argument("--say", action="append", default=[], metavar="TEXT", help=told)
     parser.add_argument("--bot", default="", metavar="URL", help="of a bot elsewhere")
     parser.add_argument("--port", type=int, help="of the chat page")
     options = parser.parse_args()

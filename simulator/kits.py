@@ -4,6 +4,7 @@ The phones' kits lock the input from a user's message until a finished chatbot e
 comes; a plain text does not unlock it. The older Vue kits only append to a chatbot
 element that grows. They hold the input, too, but any message frees it that is not an
 unfinished element: who can write on a phone can write there, so here they never lock.
+The newer kits, for React and Vue 3, draw no chatbot element, and lock nothing.
 In groups none of this happens.
 
 Read in chat-uikit-android 8.9, Chat_UIKit (Swift) 9.0 and its Objective-C kit 8.6; the
@@ -16,8 +17,7 @@ from typing import Any
 
 from .messages import Json, chatbot_data, chatbot_text, is_finished
 
-KITS = ("phone", "vue")
-NOT_DRAWN = {"phone": "[unsupported message]", "vue": "[custom message]"}
+KITS = {"phone": "iOS", "vue": "Web", "react": "Web"}  # and their OptPlatform
 
 
 class KitChat:
@@ -60,11 +60,13 @@ class KitChat:
 
     def _drawn(self, element: Json) -> str:
         """Return an element as the kit draws it; a phone shows Markdown's stars."""
-        if card := chatbot_data(element):
+        if self.kit != "react" and (card := chatbot_data(element)):
             return chatbot_text(card)
         if element["MsgType"] == "TIMTextElem":
             return str(element["MsgContent"]["Text"])
-        return "" if element["MsgType"] == "TIMImageElem" else NOT_DRAWN[self.kit]
+        if element["MsgType"] == "TIMImageElem":
+            return ""
+        return "[unsupported message]" if self.kit == "phone" else "[custom message]"
 
 
 def beyond(before: str, text: str) -> str:

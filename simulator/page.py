@@ -122,6 +122,7 @@ def act(simulator: StandIn, wish: Json) -> Json:
         match wish:
             case {"say": text, "as": user, "to": to, "robots": robots}:
                 fields: Json = {"MsgBody": text_body(text)}
+                simulator.platforms[user] = KITS.get(wish.get("kit", ""), "RESTAPI")
                 if quote := wish.get("quote"):
                     fields["CloudCustomData"] = _reply_to(quote)
                 if to in simulator.groups:

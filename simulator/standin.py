@@ -42,6 +42,7 @@ class StandIn(Wire, AgentPlatforms):
         AgentPlatforms.__init__(self)
         self.token, self.secret = "stand-in-token", self.ai_key
         self.bot_url = ""
+        self.platforms: dict[str, str] = {}  # user -> OptPlatform of his client
         self.unreachable = False  # Tencent cannot reach the bot: callbacks are lost
         self.bot: Process | None = None
         self.relay: Relay | None = None  # to the AI service, if it is a real one
@@ -127,7 +128,9 @@ class StandIn(Wire, AgentPlatforms):
             "CallbackCommand": str(event.get("CallbackCommand", "")),
             "contenttype": "json",
             "ClientIP": "127.0.0.1",
-            "OptPlatform": "RESTAPI",
+            "OptPlatform": self.platforms.get(
+                str(event.get("From_Account")), "RESTAPI"
+            ),
             "Sign": sign_callback(self.token, now),
             "RequestTime": now,
         }

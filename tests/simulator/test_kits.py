@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import APPID, FAST, in_threads, poll
 
 from imbot.tencent import rest
 from simulator import KEY, text_body
-from simulator.__main__ import demo_settings
+from simulator.__main__ import TEXTS, Demonstration, demo_settings
 from simulator.kits import KitChat
 from simulator.messages import is_finished
 from simulator.page import act
@@ -129,7 +130,8 @@ def send(sim):
 def test_the_stand_in_knows_what_the_users_kits_show(sim, send):
     sim.say("jared", "@RBT#001", "hello")
     phone = sim.kit_chat("phone", "jared", "@RBT#001")
-    assert sim.locked() == {"phone": {"jared @RBT#001": "waiting"}, "vue": {}}
+    assert sim.locked()["phone"] == {"jared @RBT#001": "waiting"}
+    assert sim.locked()["vue"] == sim.locked()["react"] == {}
     key = send("openim/sendmsg", card("h", isFinished=0))["MsgKey"]
     assert phone.why == "growing" and not sim.delivered[0].closed
     about = {"To_Account": "jared", "MsgKey": key}
@@ -143,7 +145,23 @@ def test_in_a_group_no_kit_locks(sim, send):
     group = {"GroupId": "@TGS#demo", "Random": 1, "From_Account": "@RBT#001"}
     send("group_open_http_svc/send_group_msg", text_body("hi"), **group)
     assert not sim.kit_chat("phone", "@TGS#demo", "@RBT#001").shown
-    assert sim.locked() == {"phone": {}, "vue": {}}
+    assert not any(sim.locked().values())
+
+
+@pytest.mark.parametrize(
+    ("kit", "platform", "drawn"),
+    [
+        ("phone", "iOS", "hi"),
+        ("vue", "Web", "hi"),
+        ("react", "Web", "[custom message]"),
+    ],
+)
+def test_a_client_says_what_it_runs_on_and_draws_a_card(sim, kit, platform, drawn):
+    act(sim, {"say": "hi", "as": "jared", "to": "@RBT#001", "robots": [], "kit": kit})
+    assert sim.signed(sim.said[0])["OptPlatform"] == platform
+    chat = KitChat(kit)
+    chat.show(1, card("hi", isFinished=1))
+    assert chat.shown == {1: drawn}
 
 
 PICTURE = {"Type": 1, "Size": 1, "Width": 1, "Height": 1, "URL": "https://x.example/a"}
@@ -343,3 +361,19 @@ def test_another_sites_page_cannot_drive_the_stand_in(sim):
     forwarded = {"Origin": f"https://{name}", "X-Forwarded-Host": name}
     assert requests.get(sim.url, headers=forwarded).status_code == 200
     assert "unsafe" not in page.headers["Content-Security-Policy"]
+
+
+def test_the_terminal_shows_all_messages_of_an_answer(sim, send, capsys, monkeypatch):
+    def answer(*about):
+        send("openim/sendmsg", card("part 1", isFinished=1))
+        image = {"MsgType": "TIMImageElem", "MsgContent": IMAGE}
+        send("openim/sendmsg", [image])
+        send("openim/sendmsg", card("", isFinished=1))  # unlocks a phone
+        threading.Timer(0.05, send, ["openim/sendmsg", text_body("part 2")]).start()
+
+    monkeypatch.setattr(sim, "say", answer)
+    Demonstration(sim, TEXTS["en"]).show("jared", "hello")
+    lines = [line.split("   (")[0] for line in capsys.readouterr().out.splitlines()]
+    name = f"[one-to-one] {sim.robots['@RBT#001']}"
+    picture = f"[picture] {PICTURE['URL']}"
+    assert lines[1:] == [f"{name}: {text}" for text in ("part 1", picture, "part 2")]
