@@ -141,6 +141,8 @@ class Demonstration:
 
     def warn(self, text: str, of: str) -> None:
         """Print a warning of the bot's, and show it on the page."""
+        if relay := self.simulator.relay:
+            text = text.replace(f"{self.simulator.url}/v1", relay.url)
         print(self.texts["warning"].format(self.simulator.hide(text)), flush=True)
         self.simulator.warn(text, of)
 
