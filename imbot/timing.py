@@ -51,7 +51,7 @@ class Timing:
     patience: float = 86400.0  # during which it is sent again
     patience_with_message: float = 120.0  # the same, if Tencent rejects this message
     first_delay: float = 1.0  # before it is sent again; grows up to longest_retry
-    longest_retry: float = 60.0
+    longest_retry: float = 30.0
     save_patience: float = 10.0  # to keep an answer while the store is down
     notice_every: float = 600.0  # between two sentences why messages are refused
     log_every: float = 60.0  # between two log lines of a kind that anybody can cause
