@@ -73,8 +73,11 @@ def _warn(kind: str, line: str) -> None:
     """Log a warning that anybody could cause: one a minute of each kind and app."""
     throttle = current_app.extensions.setdefault("throttle", Throttle())
     if (unseen := throttle.admit(kind)) is not None:
-        more = f" ({unseen} more of this kind since the last line)" if unseen else ""
-        logger.warning("%s%s", line, more)
+        logger.warning("%s%s", line, _more(unseen))
+
+
+def _more(unseen: int) -> str:
+    return f" ({unseen} more of this kind since the last line)" if unseen else ""
 
 
 class Throttle:
@@ -100,6 +103,29 @@ class Throttle:
             return unseen
 
 
+class InvalidRequests(logging.Filter):
+    """Admits one of gunicorn's warnings of broken HTTP a minute, and shortens it.
+
+    Anybody can cause them, hundreds a second, each with up to 4 KB of the request.
+    """
+
+    def __init__(self, seconds: float = NORMAL.log_every) -> None:
+        super().__init__()
+        self._throttle = Throttle(seconds)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        line = record.getMessage()
+        if not line.startswith("Invalid request"):
+            return True
+        if (unseen := self._throttle.admit("")) is None:
+            return False
+        record.msg, record.args = printable(line) + _more(unseen), ()
+        return True
+
+
+INVALID_REQUESTS = InvalidRequests()  # one: a logger has each filter once
+
+
 def set_up_logging(level: str, secrets: Iterable[str] = ()) -> None:
     """Log to standard output. Never log signatures, message texts, or `secrets`."""
     handler = logging.StreamHandler(sys.stdout)
@@ -107,6 +133,7 @@ def set_up_logging(level: str, secrets: Iterable[str] = ()) -> None:
     logging.basicConfig(level=level, handlers=[handler])
     for name in ("urllib3", "werkzeug"):  # they log URLs, with UserSig and Sign
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("gunicorn.error").addFilter(INVALID_REQUESTS)
 
 
 class LineFormatter(logging.Formatter):

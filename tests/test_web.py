@@ -7,7 +7,14 @@ import threading
 
 import pytest
 
-from imbot.web import LONGEST_LINE, LineFormatter, Throttle, log_crash
+from imbot.web import (
+    LONGEST_LINE,
+    InvalidRequests,
+    LineFormatter,
+    Throttle,
+    log_crash,
+    set_up_logging,
+)
 
 
 def formatted(text, *values, error=None):
@@ -73,6 +80,26 @@ def test_a_throttle_says_how_many_it_held_back(monkeypatch):
     assert [throttle.admit("a") for _ in range(4)] == [0, None, None, None]
     now += 61
     assert [throttle.admit("a") for _ in range(2)] == [3, None]
+
+
+def test_broken_http_fills_no_log(monkeypatch):
+    gunicorn, shown, now = logging.getLogger("gunicorn.error"), [], 1000.0
+    monkeypatch.setattr("imbot.web.time.monotonic", lambda: now)
+    monkeypatch.setattr("imbot.web.INVALID_REQUESTS", InvalidRequests())
+    monkeypatch.setattr(gunicorn, "filters", [])
+    monkeypatch.setattr(
+        gunicorn,
+        "handle",
+        lambda record: gunicorn.filter(record) and shown.append(record.getMessage()),
+    )
+    set_up_logging("INFO")
+    for wait in (0, 0, 61):
+        now += wait
+        gunicorn.warning("Invalid request from ip=127.0.0.1: '%s'" % ("x%s\n" * 999))
+        gunicorn.warning("Booting worker with pid: 7")
+    assert [line[0] for line in shown] == ["I", "B", "B", "I", "B"]
+    assert shown[3].endswith("(1 more of this kind since the last line)")
+    assert all(len(line) < 300 and line.isprintable() for line in shown)
 
 
 def lines(caplog):
