@@ -42,19 +42,26 @@ Sample = dict[str, float]
 
 
 def sample(bot: BotProcess, database: Database, users: Users) -> Sample:
-    """Return the figures of this moment, summed over the bot's processes."""
-    assert bot.process
-    places = [Path(f"/proc/{pid}") for pid in (bot.process.pid, *workers(bot))]
-    states = [place.joinpath("status").read_text() for place in places]
+    """Return the figures of this moment."""
     size, log = database.sizes()
     messages = users.acknowledged() or 1
     return {
         MAY_GROW: messages,
+        **usage(bot),
+        "database, bytes a message": size / messages,
+        "WAL, MB": log / 1e6,
+    }
+
+
+def usage(bot: BotProcess) -> Sample:
+    """Return what the bot's processes use together."""
+    assert bot.process
+    places = [Path(f"/proc/{pid}") for pid in (bot.process.pid, *workers(bot))]
+    states = [place.joinpath("status").read_text() for place in places]
+    return {
         "memory, MB": sum(field(state, "VmRSS") for state in states) / 1024,
         "threads": sum(field(state, "Threads") for state in states),
         "open files": sum(len(os.listdir(place / "fd")) for place in places),
-        "database, bytes a message": size / messages,
-        "WAL, MB": log / 1e6,
     }
 
 

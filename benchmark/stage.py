@@ -44,19 +44,23 @@ time.time = lambda: real() + int(ahead.read_text())
 
 @contextmanager
 def stage(
-    store: str, simulator: Simulator, settings: dict[str, Any], own_clock: bool = False
+    store: str,
+    simulator: Simulator,
+    settings: dict[str, Any],
+    own_clock: bool = False,
+    more_robots: str = "",
 ) -> Iterator[tuple[BotProcess, Database]]:
     """Run a stand-in, its bot and the bot's database; end them all.
 
     The store "gevent" is SQLite under another class of gunicorn's workers; one of
     OTHER_APPS is that app instead of the bot, under the same command. With a clock of
-    its own, set_clock can set the bot's.
+    its own, set_clock can set the bot's. `more_robots` is added to robots.toml.
     """
     database = DATABASES.get(store, SQLiteFile)()
     with simulator, database, tempfile.TemporaryDirectory() as folder:
         robots = Path(folder, "robots.toml")
         lines = [f'["{name}"]\nreply_mode = "{mode}"\n' for name, mode in MODES.items()]
-        robots.write_text("".join(lines))
+        robots.write_text("".join(lines) + more_robots)
         more = {"ROBOTS": robots, "DATABASE_URL": database.url}
         bot = BotProcess(simulator, folder, **settings | more)
         if own_clock:

@@ -1,0 +1,395 @@
+"""A hostile party beside quiet users: do they notice it?
+
+    python -m benchmark.hostile --who stranger      one without a token
+    python -m benchmark.hostile --who user          who writes to a robot
+    python -m benchmark.hostile --who member        who shares a group with a quiet one
+    python -m benchmark.hostile --who ai            the AI service of another robot
+    python -m benchmark.hostile --who rest          Tencent, for some users' calls
+    python -m benchmark.hostile --who ai --minutes 1 --store postgres
+
+It starts the Procfile's own command, with two processes, and stays on 127.0.0.1. Quiet
+users ask two questions a second, one-to-one and in a group, first alone, then beside
+the party. The exit status is 0 if every row of the table is within its limit:
+
+* an answer takes at most twice the time, and NOISE more; each comes once and in order;
+* the party reads nothing of others, and the log shows no text, key or signature. Its
+  lines are short and printable. Because of the party it grows by 30 lines a minute, and
+  by 3 for each of its messages that RATE_LIMIT lets through;
+* in the group that the hostile member shares, a quiet member waits at most twice as
+  long as for one hostile answer and the own one: members take turns;
+* memory grows by at most 60 MB; there is no traceback and no HTTP 500; afterwards the
+  threads and the open files are as before, and nothing waits.
+
+A client that sends slowly is no party: it is what the HTTPS proxy in front is for, see
+docs/operations.md. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import requests
+
+from simulator import (
+    BotProcess,
+    Simulator,
+    c2c_event,
+    free_port,
+    group_event,
+    interrupt_on_signals,
+)
+from simulator.history import LOOKUPS
+from simulator.server import _Handler
+
+from .faults import settle
+from .load import question
+from .parties import MARK, RATES, SHARED, Report, Target, answer_badly, attack
+from .soak import usage
+from .stage import DATABASES, stage, workers
+
+ALONE = (
+    60.0  # seconds of the measurement before, or as long as the party if that is less
+)
+EVERY = 4.0  # seconds between two questions of a quiet user: within RATE_LIMIT
+RATE_LIMIT = 20  # a minute, the default
+NOISE = 20.0  # ms
+LATER = 60.0  # seconds in which threads and files get back to what they were
+AI_TAKES, HOSTILE_TAKES = 0.1, 0.5  # seconds
+SECRET, NAME = "quietsecret", "quietname"  # in the texts and nicks, and the ids
+NICK = f"{SECRET}-nick"
+GROUP, EVIL_ROBOT = "@TGS#quiet", "@RBT#evil"
+ONE, OTHERS, MEMBER = "one-to-one", "another group", "shared group"
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR) [\w.]+ "
+    r"|\[\d{4}-\d\d-\d\d [^]]+\] \[\d+\] \[[A-Z]+\] "
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a figure before and beside the party, and its limit."""
+
+    name: str
+    before: float
+    found: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is within its limit; nan, for no figure, is not."""
+        return self.found <= self.limit
+
+
+class StandIn(Simulator):
+    """Tencent and a good AI service; `hostile` calls get hostile answers on request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.ai_key = f"token-{SECRET}", f"key-{SECRET}"
+        self.ai_delay, self.is_hostile, self.mixed = AI_TAKES, False, 0
+        self.sigs: set[str] = set()
+        self.ai_fault = self._look_at
+        self._server.RequestHandlerClass = Handler
+
+    @contextmanager
+    def on_wire(self, *_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        yield {}
+        self.calls.clear()
+        self.ai_requests.clear()
+
+    def _look_at(self, asked: Any) -> None:
+        """Take longer for the party, and count what it would hear of others."""
+        if MARK in json.dumps(asked["messages"][-1]["content"]):
+            time.sleep(HOSTILE_TAKES - AI_TAKES)
+            self.mixed += SECRET in json.dumps(asked)
+
+    def spoils(self, command: str, body: bytes) -> bool:
+        """Return whether a call gets a hostile answer."""
+        aside = command in LOOKUPS or command == "profile/portrait_get"
+        of_party = b'"To_Account": "hostile' in body
+        return self.is_hostile and (of_party or aside and random.random() < 0.1)
+
+
+class Handler(_Handler):
+    def _im(self, simulator: Any, command: str, query: Any, body: bytes) -> None:
+        simulator.sigs.add(query.get("usersig", ""))
+        if simulator.spoils(command, body):
+            self.close_connection = True
+            asked = query.get("usersig", "").encode() + body
+            answer_badly(self.connection, asked, of_ai=False)
+        else:
+            super()._im(simulator, command, query, body)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A quiet user's question, and when it was asked, Unix seconds."""
+
+    number: int
+    user: str
+    where: str
+    at: float
+
+
+class Quiet:
+    """Users who ask a question every few seconds each, in places of three kinds."""
+
+    def __init__(self, simulator: Simulator, is_member: bool) -> None:
+        self.simulator, self.closing = simulator, threading.Event()
+        self.asked: list[Asked] = []
+        self.users = {f"{NAME}{n}": ONE if n < 4 else OTHERS for n in range(8)}
+        if is_member:
+            self.users |= {"member0": MEMBER}
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._ask_on, args=(user, n * EVERY / 8))
+            for n, user in enumerate(self.users)
+        ]
+
+    def __enter__(self) -> Quiet:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask_on(self, user: str, wait: float) -> None:
+        due = time.monotonic() + wait
+        while not self.closing.wait(max(0.0, due - time.monotonic())):
+            due += EVERY
+            with self._lock:
+                number = len(self.asked)
+                self.asked.append(Asked(number, user, self.users[user], time.time()))
+                event = self._event(self.asked[-1])
+            with suppress(requests.RequestException):  # else it is not answered
+                self.simulator.deliver(event)
+
+    def _event(self, asked: Asked) -> Any:
+        if asked.where == ONE:
+            return c2c_event(asked.user, "@RBT#whole", f"{SECRET} [{asked.number}]")
+        group, robot, word = GROUP, "@RBT#card", f"@{NICK} {SECRET}"
+        if asked.where == MEMBER:
+            group, robot, word = SHARED, "@RBT#whole", "question"
+        seq = self.simulator.next_seq(group)
+        text = f"{word} [{asked.number}]"
+        return group_event(asked.user, group, seq, text, [robot])
+
+    def answered(self) -> list[tuple[int, float]]:
+        """Return the questions that were answered, and when, in this order."""
+        places = {*self.users, GROUP, SHARED}
+        shown = [m for m in self.simulator.delivered if m.chat in places]
+        named = [(question(message.text), message.time) for message in shown]
+        return [one for one in named if one[0] >= 0]
+
+    def times(self, where: str, since: float, until: float) -> list[float]:
+        """Return the milliseconds that the answers to questions of a time took."""
+        ended = dict(reversed(self.answered()))
+        return [
+            (ended[one.number] - one.at) * 1000
+            for one in self.asked
+            if one.where == where and since <= one.at < until and one.number in ended
+        ]
+
+    def faults(self) -> dict[str, int]:
+        """Count what was not answered once and in order."""
+        found = [number for number, _ in self.answered()]
+        users = {one.number: one.user for one in self.asked}
+        per_user = [[n for n in found if users.get(n) == user] for user in self.users]
+        return {
+            "lost": len(users.keys() - {*found}),
+            "twice": len(found) - len({*found}),
+            "misordered": sum(numbers != sorted(numbers) for numbers in per_user),
+        }
+
+
+class Watch:
+    """The bot's memory, sampled while a party is at work."""
+
+    def __init__(self, bot: BotProcess) -> None:
+        self.bot, self.idle, self.pids = bot, usage(bot), workers(bot)
+        self.log_from = bot.log.stat().st_size
+        self.most = self.idle["memory, MB"]
+
+    def until(self, done: Future[Report]) -> None:
+        """Sample until the party has ended."""
+        while not done.done():
+            time.sleep(2)
+            with suppress(OSError, IndexError):  # a worker has just died
+                self.most = max(self.most, usage(self.bot)["memory, MB"])
+
+    def rows(self, left: int) -> Iterator[Row]:
+        """Yield what is as before when all is calm."""
+        idle, end, now = self.idle, time.monotonic() + LATER, usage(self.bot)
+        # gunicorn starts its threads, two times eight, when it first needs them.
+        limits = {name: idle[name] + 16 for name in ("threads", "open files")}
+        while time.monotonic() < end and any(now[n] > limits[n] for n in limits):
+            time.sleep(1)
+            now = usage(self.bot)
+        memory = idle["memory, MB"]
+        yield Row("memory, MB, at most", memory, self.most, memory + 60)
+        for name, limit in limits.items():
+            yield Row(f"{name}, afterwards", idle[name], now[name], limit)
+        yield Row("left in the queue", 0, left, 0)
+        yield Row("processes replaced", 0, len({*self.pids} - {*workers(self.bot)}), 0)
+        health = requests.get(f"{self.bot.url}/healthz", timeout=10)
+        yield Row("/healthz, status", 200, health.status_code, 200)
+
+    def log_rows(
+        self, secrets: Sequence[str], quiet: float, minutes: float, most: float
+    ) -> Iterator[Row]:
+        """Yield what is wrong with the log, with `quiet` lines a minute before."""
+        text = self.bot.log.read_bytes()[self.log_from :].decode("utf-8", "replace")
+        lines = text.split("\n")[:-1]
+        wrong = [one for one in lines if len(one) > 2000 or not LINE.match(one)]
+        wrong += [one for one in lines if not one.isprintable()]
+        told = [one for one in lines if any(word in one for word in secrets)]
+        for line in [*wrong, *told][:9]:
+            print(f"log: {line[:300]!r}", file=sys.stderr)
+        yield Row("log lines with a text or a key", 0, len(told), 0)
+        yield Row("log lines that are long, odd or forged", 0, len(wrong), 0)
+        yield Row("tracebacks in the log", 0, text.count("Traceback"), 0)
+        yield Row("log lines a minute", quiet, len(lines) / minutes, quiet + most)
+
+
+def percentiles(times: Sequence[float]) -> tuple[float, float]:
+    """Return the median and p95."""
+    ordered = sorted(times) or [math.nan]
+    return ordered[len(ordered) // 2], ordered[len(ordered) * 95 // 100]
+
+
+def time_rows(
+    quiet: Quiet, began: float, until: float, hostile: float
+) -> Iterator[Row]:
+    """Yield how long answers took, before and beside the party."""
+    for where in dict.fromkeys(quiet.users.values()):
+        before = percentiles(quiet.times(where, 0.0, began))
+        found = percentiles(quiet.times(where, began, until))
+        for name, alone, beside in zip(("median", "p95"), before, found, strict=True):
+            most = 2 * (alone + hostile * (where == MEMBER)) + NOISE
+            yield Row(f"{where}: {name}, ms", alone, beside, most)
+        yield Row(
+            f"{where}: longest, ms",
+            math.nan,
+            max(quiet.times(where, began, until), default=math.nan),
+            math.inf,
+        )
+
+
+def one_hostile_answer(simulator: Simulator) -> float:
+    """Return the milliseconds that one answer to the hostile member takes by itself."""
+    times, text = [], f"{MARK} {'x' * 11_000}"
+    for _ in range(3):
+        began, known = time.time(), len(simulator.delivered)
+        simulator.say_in_group("hostile0", SHARED, text, ["@RBT#whole"])
+        simulator.wait(known + 1, chat=SHARED)
+        time.sleep(1)
+        shown = [m.time for m in simulator.delivered[known:] if m.chat == SHARED]
+        times.append((max(shown) - began) * 1000)
+    return sorted(times)[1]
+
+
+def read_by_party(simulator: StandIn, report: Report) -> int:
+    """Count what of others came to the party: in its chats, its prompts, over HTTP."""
+    theirs = [m for m in simulator.delivered if m.chat.startswith("hostile")]
+    seen = [json.dumps([m.body, m.states]) for m in theirs]
+    return (
+        sum(SECRET in one or NAME in one for one in seen)
+        + simulator.mixed
+        + report.read
+    )
+
+
+def run(who: str, store: str, seconds: float) -> list[Row]:
+    """Let quiet users ask, alone and beside a party; return the table."""
+    simulator, ai_port = StandIn(), free_port() if who == "ai" else 0
+    prepare(simulator)
+    evil = f'["{EVIL_ROBOT}"]\nbase_url = "http://127.0.0.1:{ai_port or 1}/v1"\n'
+    settings = {"WEB_CONCURRENCY": 2, "BOT_LANGUAGE": "en"}
+    spawned = get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, spawned) as pool,
+        stage(store, simulator, settings, more_robots=evil) as (bot, _),
+    ):
+        secrets = SECRET, NAME, simulator.key, simulator.token
+        robot = EVIL_ROBOT if who == "ai" else "@RBT#whole"
+        about = bot.port, simulator.sdkappid, simulator.token, secrets, ai_port, robot
+        target = Target(who, *about)
+        hostile = one_hostile_answer(simulator) if who == "member" else 0.0
+        log_from = bot.log.read_bytes().count(b"\n")
+        with Quiet(simulator, who == "member") as quiet:
+            alone = min(ALONE, seconds)
+            time.sleep(alone)
+            calm = (bot.log.read_bytes().count(b"\n") - log_from) * 60 / alone
+            watch, began = Watch(bot), time.time()
+            simulator.is_hostile = who == "rest"
+            party = pool.submit(attack, target, seconds)
+            watch.until(party)
+            until, simulator.is_hostile = time.time(), False
+        left, _ = settle(bot)
+        report, minutes = party.result(), (until - began) / 60
+        print("HTTP statuses that the party got:", dict(report.statuses))
+        words = [SECRET, MARK, simulator.key, *filter(None, simulator.sigs)]
+        most = 30 + 3 * min(60 * RATES[who], RATE_LIMIT * len(target.accounts))
+        return [
+            *time_rows(quiet, began, until, hostile),
+            *(Row(f"quiet questions {n}", 0, c, 0) for n, c in quiet.faults().items()),
+            Row("read by the party", 0, read_by_party(simulator, report), 0),
+            Row("HTTP 500", 0, report.statuses["500"], 0),
+            *watch.log_rows(words, calm, minutes, most),
+            *watch.rows(left),
+        ]
+
+
+def prepare(simulator: StandIn) -> None:
+    """Make the accounts and groups."""
+    users = [f"{NAME}{n}" for n in range(8)]
+    hostile = [f"hostile{n}" for n in range(20)]
+    simulator.users |= {*users, *hostile, "member0"}
+    simulator.groups |= {GROUP: {*users[4:]}, SHARED: {"hostile0", "member0"}}
+    simulator.robots = dict.fromkeys(("@RBT#whole", EVIL_ROBOT), "") | {
+        "@RBT#card": NICK
+    }
+
+
+def main() -> None:
+    """Run what is asked for, print the table and the verdict."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.hostile", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--who", choices=RATES, required=True)
+    parser.add_argument("--store", choices=DATABASES, default="sqlite")
+    parser.add_argument("--minutes", type=float, default=10)
+    options = parser.parse_args()
+    interrupt_on_signals()
+    print(f"hostile, who {options.who}, store {options.store}", flush=True)
+    rows = run(options.who, options.store, options.minutes * 60)
+    print(f"{'':44}{'before':>10}{'beside':>10}{'limit':>10}")
+    for row in rows:
+        figures = (f"{value:10,.0f}" for value in (row.before, row.found, row.limit))
+        print(f"{row.name:44}", *figures, "" if row.holds else " too much", sep="")
+    wrong = [row.name for row in rows if not row.holds]
+    print("too much:", ", ".join(wrong) or "nothing")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(1)
