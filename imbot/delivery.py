@@ -118,6 +118,7 @@ class Delivery:
         except ProviderError as error:
             if self.job.lost:
                 raise LeaseLost from None
+            error.__traceback__ = None  # it would keep the answer, see Provider._quiet
             return self._explain(error, text)
         remember = not self.chat.memory and self.chat.turns > 0
         note = self.outbox.texts["unread"] if "pictures" in scope.left_out else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import time
@@ -10,9 +11,10 @@ import pytest
 
 import usersig
 from botserver import Bot
+from imbot.ai import ProviderError
 from imbot.queue import StoreError
 from imbot.settings import Persona
-from simulator import text_body
+from simulator import ai_error, text_body
 from simulator.fixtures import TOKEN, Caller, idle, poll, said_to
 
 UNSUPPORTED = (
@@ -300,6 +302,20 @@ def test_stops_count_against_the_rate_and_stop_all_the_same(sim, make_app):
     poll(lambda: sim.ai_requests)
     im.post(sim.say_in_group("jared", "@TGS#demo", "/stop", ["@RBT#001"]))
     poll(lambda: "(stopped)" in sim.delivered[-1].text and idle(im))
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_what_came_of_a_failed_answer_is_gone_at_once(im, status):
+    im.sim.ai_fault = lambda asked: (status, ai_error("x", "it fails"))
+    gc.collect()
+    gc.disable()
+    try:
+        im.say("a question")
+        im.sim.wait(1)
+        poll(lambda: idle(im))
+        assert not [one for one in gc.get_objects() if isinstance(one, ProviderError)]
+    finally:
+        gc.enable()
 
 
 def test_a_member_has_a_quarter_of_a_groups_queue(sim, make_app):

@@ -152,7 +152,12 @@ class Provider:
         return True
 
     def _quiet(self, error: ProviderError, messages: list[Json]) -> ProviderError:
-        """Return an error without the key, and without what was said in the chat."""
+        """Return an error without the key, and without what was said in the chat.
+
+        Its traceback goes, too: in a cycle with the error it would keep megabytes of an
+        answer until the garbage collection.
+        """
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         said = [words(turn) for turn in messages if turn["role"] != "system"]
         said += [self.key] if len(self.key) >= SHORTEST_SECRET else []
         error.details = printable(redact(error.details, said), LONGEST_ERROR)
