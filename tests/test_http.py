@@ -137,6 +137,18 @@ def test_a_cut_connection_is_an_error_and_tried_again(ai_socket, no_pause, cut):
     assert len(server.heads) == 3
 
 
+@pytest.mark.parametrize("count", [3, 100])
+def test_a_server_that_says_to_continue_says_so_a_few_times(ai_socket, no_pause, count):
+    interim = b"HTTP/1.1 100 Continue\r\n\r\n" * count
+    answer = OK + b"\r\n" + sse(delta(ANSWER, "stop"))
+    server = ai_socket(lambda connection: connection.sendall(interim + answer))
+    if count == 3:
+        assert ask_socket(server.url)[-1] == ANSWER
+    else:
+        with pytest.raises(ProviderError, match="no connection, or cut"):
+            ask_socket(server.url)
+
+
 def test_nobody_listening_is_busy_and_tried_again(no_pause, monkeypatch):
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         port = listener.getsockname()[1]
