@@ -16,7 +16,8 @@ the party. The exit status is 0 if every row of the table is within its limit:
   lines are short and printable. Because of the party it grows by 30 lines a minute, and
   by 3 for each of its messages that RATE_LIMIT lets through;
 * in the group that the hostile member shares, a quiet member waits at most twice as
-  long as for one hostile answer and the own one: members take turns;
+  long as for one hostile answer and the own one: members take turns. (Any member's
+  /stop ends the answer in progress, whoever asked: that counts as an answer.)
 * memory grows by at most 60 MB; there is no traceback and no HTTP 500; afterwards the
   threads and the open files are as before, and nothing waits.
 
@@ -206,13 +207,19 @@ class Quiet:
             if one.where == where and since <= one.at < until and one.number in ended
         ]
 
+    def stopped(self) -> int:
+        """Return how many answers to the quiet member were stopped by the party."""
+        shown = [m.text for m in self.simulator.delivered if m.chat == SHARED]
+        ours = [text for text in shown if text.startswith("@member0 ")]
+        return sum("(stopped)" in text and question(text) < 0 for text in ours)
+
     def faults(self) -> dict[str, int]:
         """Count what was not answered once and in order."""
         found = [number for number, _ in self.answered()]
         users = {one.number: one.user for one in self.asked}
         per_user = [[n for n in found if users.get(n) == user] for user in self.users]
         return {
-            "lost": len(users.keys() - {*found}),
+            "lost": len(users.keys() - {*found}) - self.stopped(),
             "twice": len(found) - len({*found}),
             "misordered": sum(numbers != sorted(numbers) for numbers in per_user),
         }
@@ -348,6 +355,7 @@ def run(who: str, store: str, seconds: float) -> list[Row]:
         most = 30 + 3 * min(60 * RATES[who], RATE_LIMIT * len(target.accounts))
         return [
             *time_rows(quiet, began, until, hostile),
+            Row("answers stopped by another member", 0, quiet.stopped(), math.inf),
             *(Row(f"quiet questions {n}", 0, c, 0) for n, c in quiet.faults().items()),
             Row("read by the party", 0, read_by_party(simulator, report), 0),
             Row("HTTP 500", 0, report.statuses["500"], 0),
