@@ -327,7 +327,9 @@ def run(who: str, store: str, seconds: float) -> list[Row]:
     simulator, ai_port = StandIn(), free_port() if who == "ai" else 0
     prepare(simulator)
     evil = f'["{EVIL_ROBOT}"]\nbase_url = "http://127.0.0.1:{ai_port or 1}/v1"\n'
-    settings = {"WEB_CONCURRENCY": 2, "BOT_LANGUAGE": "en"}
+    settings: dict[str, Any] = {"WEB_CONCURRENCY": 2, "BOT_LANGUAGE": "en"}
+    if who == "rest":
+        settings["GROUP_CONTEXT"] = 5  # a look-up for each question in a group
     spawned = get_context("spawn")
     with (
         ProcessPoolExecutor(1, spawned) as pool,

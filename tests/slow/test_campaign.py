@@ -16,6 +16,7 @@ from conftest import HERE, lack
 from benchmark.accidents import KINDS, plan
 from benchmark.databases import FAST, NotInstalled, PgBouncer, PostgresServer, find
 from benchmark.faults import MUST_BE_ZERO
+from benchmark.parties import RATES
 from benchmark.stage import STORES, set_clock, stage
 from simulator import Simulator
 
@@ -137,3 +138,14 @@ def test_a_short_soak_prints_its_figures_and_its_verdict():
     assert lines[-2] == "left in the store: 0"
     grew = lines[-1].startswith("grew too much: ") and not lines[-1].endswith("nothing")
     assert done.returncode == grew
+
+
+@pytest.mark.parametrize("who", RATES)
+def test_quiet_users_are_safe_from_a_hostile_party(who):
+    done = run(f"benchmark.hostile --who {who} --minutes 0.2")
+    _, statuses, _, *rows, verdict = done.stdout.splitlines()
+    assert "'200': " in statuses, done.stdout + done.stderr
+    wrong = [row for row in rows if row.endswith(" too much")]
+    assert done.returncode == bool(wrong) == (verdict != "too much: nothing")
+    # How long answers take is for a machine that does nothing else.
+    assert not [row for row in wrong if ", ms " not in row], done.stdout + done.stderr
