@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -39,7 +40,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -60,6 +62,7 @@ from .load import question
 from .parties import MARK, RATES, SHARED, Report, Target, answer_badly, attack
 from .soak import usage
 from .stage import DATABASES, stage, workers
+from .timed import cpu_seconds
 
 ALONE = (
     60.0  # seconds of the measurement before, or as long as the party if that is less
@@ -225,6 +228,32 @@ class Quiet:
         }
 
 
+class Others:
+    """The share of the machine that other programs take: with it the table is read."""
+
+    def __init__(self, bot: BotProcess) -> None:
+        assert bot.process
+        self.pids = [bot.process.pid, *workers(bot), os.getpid()]
+        self.pids += [child.pid or 0 for child in active_children()]
+        self.began = self._seconds()
+
+    def _seconds(self) -> tuple[float, float]:
+        """Return the CPU seconds of others, and those that there were."""
+        line = Path("/proc/stat").read_text().splitlines()[0]
+        ticks = [int(text) for text in line.split()[1:9]]
+        total = sum(ticks) / os.sysconf("SC_CLK_TCK")
+        idle = (ticks[3] + ticks[4]) / os.sysconf("SC_CLK_TCK")
+        return total - idle - cpu_seconds(self.pids), total
+
+    def share(self) -> float:
+        """Return it since this was made, in percent; nan if a process has ended."""
+        with suppress(OSError):
+            pairs = zip(self._seconds(), self.began, strict=True)
+            others, total = (now - before for now, before in pairs)
+            return 100 * others / total
+        return math.nan
+
+
 class Watch:
     """The bot's memory, sampled while a party is at work."""
 
@@ -342,14 +371,16 @@ def run(who: str, store: str, seconds: float) -> list[Row]:
         hostile = one_hostile_answer(simulator) if who == "member" else 0.0
         log_from = bot.log.read_bytes().count(b"\n")
         with Quiet(simulator, who == "member") as quiet:
-            alone = min(ALONE, seconds)
+            alone, others = min(ALONE, seconds), Others(bot)
             time.sleep(alone)
             calm = (bot.log.read_bytes().count(b"\n") - log_from) * 60 / alone
-            watch, began = Watch(bot), time.time()
+            watch, began, before = Watch(bot), time.time(), others.share()
             simulator.is_hostile = who == "rest"
             party = pool.submit(attack, target, seconds)
+            others = Others(bot)
             watch.until(party)
             until, simulator.is_hostile = time.time(), False
+            beside = others.share()
         left, _ = settle(bot)
         report, minutes = party.result(), (until - began) / 60
         print("HTTP statuses that the party got:", dict(report.statuses))
@@ -357,6 +388,7 @@ def run(who: str, store: str, seconds: float) -> list[Row]:
         most = 30 + 3 * min(60 * RATES[who], RATE_LIMIT * len(target.accounts))
         return [
             *time_rows(quiet, began, until, hostile),
+            Row("CPU of other programs, %", before, beside, math.inf),
             Row("answers stopped by another member", 0, quiet.stopped(), math.inf),
             *(Row(f"quiet questions {n}", 0, c, 0) for n, c in quiet.faults().items()),
             Row("read by the party", 0, read_by_party(simulator, report), 0),

@@ -145,10 +145,7 @@ class Usage:
 
     def cpu(self) -> float:
         """Return the CPU seconds they have used."""
-        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in self.pids]
-        fields = [stat.rpartition(")")[2].split() for stat in stats]
-        ticks = sum(int(values[11]) + int(values[12]) for values in fields)
-        return ticks / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.pids)
 
     def spent(self) -> float:
         """Return the CPU seconds they have used since this was made."""
@@ -158,6 +155,14 @@ class Usage:
         """Return the resident megabytes of the largest worker."""
         texts = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids[1:]]
         return max(int(t.split("VmRSS:")[1].split()[0]) for t in texts) / 1024
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """Return the CPU seconds that processes have used."""
+    stats = [Path(f"/proc/{pid}/stat").read_text() for pid in pids]
+    fields = [stat.rpartition(")")[2].split() for stat in stats]
+    ticks = sum(int(values[11]) + int(values[12]) for values in fields)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
