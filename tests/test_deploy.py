@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import runpy
+import subprocess
 import sys
 import tomllib
 from dataclasses import fields
@@ -208,3 +210,34 @@ def test_gunicorn_without_its_configuration_is_told_so(
     lines = [r for r in caplog.messages if "gunicorn.conf.py was not read" in r]
     assert len(lines) == (1 if software and not read else 0)
     assert not lines or f"--config {HERE}/gunicorn.conf.py" in lines[0]
+
+
+FREED = """
+import runpy, sys, threading
+from pathlib import Path
+from types import SimpleNamespace
+
+def resident():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+
+def work():
+    for _ in range(9):
+        all_here.wait()
+        b"x" * (8 << 20)
+
+runpy.run_path(sys.argv[1])["post_worker_init"](SimpleNamespace(wsgi=None))
+before, all_here = resident(), threading.Barrier(8)
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc")
+def test_a_worker_gives_memory_back_that_it_needed_for_a_moment():
+    command = [sys.executable, "-c", FREED, HERE / "gunicorn.conf.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert int(done.stdout) < 20_000, done.stderr  # KB; without the setting 65,000
