@@ -351,6 +351,18 @@ def read_by_party(simulator: StandIn, report: Report) -> int:
     )
 
 
+@contextmanager
+def a_process() -> Iterator[ProcessPoolExecutor]:
+    """Give the party a process of its own, which an error or a signal ends, too."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for child in active_children():
+                child.terminate()
+            raise
+
+
 def run(who: str, store: str, seconds: float) -> list[Row]:
     """Let quiet users ask, alone and beside a party; return the table."""
     simulator, ai_port = StandIn(), free_port() if who == "ai" else 0
@@ -359,9 +371,8 @@ def run(who: str, store: str, seconds: float) -> list[Row]:
     settings: dict[str, Any] = {"WEB_CONCURRENCY": 2, "BOT_LANGUAGE": "en"}
     if who == "rest":
         settings["GROUP_CONTEXT"] = 5  # a look-up for each question in a group
-    spawned = get_context("spawn")
     with (
-        ProcessPoolExecutor(1, spawned) as pool,
+        a_process() as pool,
         stage(store, simulator, settings, more_robots=evil) as (bot, _),
     ):
         secrets = SECRET, NAME, simulator.key, simulator.token
