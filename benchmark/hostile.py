@@ -342,7 +342,8 @@ def one_hostile_answer(simulator: Simulator) -> float:
 
 def read_by_party(simulator: StandIn, report: Report) -> int:
     """Count what of others came to the party: in its chats, its prompts, over HTTP."""
-    theirs = [m for m in simulator.delivered if m.chat.startswith("hostile")]
+    places = ("hostile", SHARED)
+    theirs = [m for m in simulator.delivered if m.chat.startswith(places)]
     seen = [json.dumps([m.body, m.states]) for m in theirs]
     return (
         sum(SECRET in one or NAME in one for one in seen)
