@@ -64,9 +64,7 @@ from .soak import usage
 from .stage import DATABASES, stage, workers
 from .timed import cpu_seconds
 
-ALONE = (
-    60.0  # seconds of the measurement before, or as long as the party if that is less
-)
+ALONE = 60.0  # seconds of the measurement before, at most as long as the party
 EVERY = 4.0  # seconds between two questions of a quiet user: within RATE_LIMIT
 RATE_LIMIT = 20  # a minute, the default
 NOISE = 20.0  # ms
@@ -319,12 +317,8 @@ def time_rows(
         for name, alone, beside in zip(("median", "p95"), before, found, strict=True):
             most = 2 * (alone + hostile * (where == MEMBER)) + NOISE
             yield Row(f"{where}: {name}, ms", alone, beside, most)
-        yield Row(
-            f"{where}: longest, ms",
-            math.nan,
-            max(quiet.times(where, began, until), default=math.nan),
-            math.inf,
-        )
+        longest = max(quiet.times(where, began, until), default=math.nan)
+        yield Row(f"{where}: longest, ms", math.nan, longest, math.inf)
 
 
 def one_hostile_answer(simulator: Simulator) -> float:
@@ -344,12 +338,9 @@ def read_by_party(simulator: StandIn, report: Report) -> int:
     """Count what of others came to the party: in its chats, its prompts, over HTTP."""
     places = ("hostile", SHARED)
     theirs = [m for m in simulator.delivered if m.chat.startswith(places)]
-    seen = [json.dumps([m.body, m.states]) for m in theirs]
-    return (
-        sum(SECRET in one or NAME in one for one in seen)
-        + simulator.mixed
-        + report.read
-    )
+    texts = [json.dumps([m.body, m.states]) for m in theirs]
+    in_chats = sum(SECRET in text or NAME in text for text in texts)
+    return in_chats + simulator.mixed + report.read
 
 
 @contextmanager
@@ -372,14 +363,9 @@ def run(who: str, store: str, seconds: float) -> list[Row]:
     settings: dict[str, Any] = {"WEB_CONCURRENCY": 2, "BOT_LANGUAGE": "en"}
     if who == "rest":
         settings["GROUP_CONTEXT"] = 5  # a look-up for each question in a group
-    with (
-        a_process() as pool,
-        stage(store, simulator, settings, more_robots=evil) as (bot, _),
-    ):
-        secrets = SECRET, NAME, simulator.key, simulator.token
-        robot = EVIL_ROBOT if who == "ai" else "@RBT#whole"
-        about = bot.port, simulator.sdkappid, simulator.token, secrets, ai_port, robot
-        target = Target(who, *about)
+    staged = stage(store, simulator, settings, more_robots=evil)
+    with a_process() as pool, staged as (bot, _):
+        target = target_of(simulator, bot, who, ai_port)
         hostile = one_hostile_answer(simulator) if who == "member" else 0.0
         log_from = bot.log.read_bytes().count(b"\n")
         with Quiet(simulator, who == "member") as quiet:
@@ -410,15 +396,21 @@ def run(who: str, store: str, seconds: float) -> list[Row]:
         ]
 
 
+def target_of(simulator: StandIn, bot: BotProcess, who: str, ai_port: int) -> Target:
+    """Return what a party is told."""
+    private = SECRET, NAME, simulator.key, simulator.token
+    robot = EVIL_ROBOT if who == "ai" else "@RBT#whole"
+    about = simulator.sdkappid, simulator.token, private, ai_port, robot
+    return Target(who, bot.port, *about)
+
+
 def prepare(simulator: StandIn) -> None:
     """Make the accounts and groups."""
     users = [f"{NAME}{n}" for n in range(8)]
     hostile = [f"hostile{n}" for n in range(20)]
     simulator.users |= {*users, *hostile, "member0"}
     simulator.groups |= {GROUP: {*users[4:]}, SHARED: {"hostile0", "member0"}}
-    simulator.robots = dict.fromkeys(("@RBT#whole", EVIL_ROBOT), "") | {
-        "@RBT#card": NICK
-    }
+    simulator.robots = {"@RBT#whole": "", EVIL_ROBOT: "", "@RBT#card": NICK}
 
 
 def main() -> None:
