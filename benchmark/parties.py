@@ -25,7 +25,7 @@ from simulator import Json, c2c_event, group_event, text_body
 from usersig import sign_callback
 
 MARK = "enemyword"  # in every text of a hostile party
-ODD = "oddword"  # in a stranger's HTTP, of which the log may quote a line a minute
+ODD = "oddword"  # in HTTP that quotes no text; the log may show a little of it
 FORGED = "\r\n2026-11-30 00:00:00,000 ERROR forged \x1b[2J\x07\u2028\x85\u202e"
 SHARED = "@TGS#shared"  # the group of the hostile member and a quiet one
 RATES = {"stranger": 200, "user": 50, "member": 50, "ai": 4, "rest": 4}  # a second
@@ -263,7 +263,7 @@ def changes(chance: random.Random) -> list[Json]:
 
 def bad_answers(asked: bytes, of_ai: bool) -> list[Callable[[], Iterator[bytes]]]:
     """Return the hostile HTTP answers to a request, which they may quote."""
-    echo = asked.decode("utf-8", "replace") + FORGED + MARK
+    echo = asked.decode("utf-8", "replace") + FORGED + ODD
     head = "HTTP/1.1 {}\r\nContent-Type: {}\r\n{}\r\n"
     ok, stream = "200 OK", "text/event-stream"
 
