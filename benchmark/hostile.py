@@ -68,6 +68,7 @@ ALONE = 60.0  # seconds of the measurement before, at most as long as the party
 EVERY = 4.0  # seconds between two questions of a quiet user: within RATE_LIMIT
 RATE_LIMIT = 20  # a minute, the default
 NOISE = 20.0  # ms
+MOST_MEMORY = 60  # MB more than before
 LATER = 60.0  # seconds in which threads and files get back to what they were
 AI_TAKES, HOSTILE_TAKES = 0.1, 0.5  # seconds
 SECRET, NAME = "quietsecret", "quietname"  # in the texts and nicks, and the ids
@@ -275,8 +276,9 @@ class Watch:
         while time.monotonic() < end and any(now[n] > limits[n] for n in limits):
             time.sleep(1)
             now = usage(self.bot)
-        memory = idle["memory, MB"]
-        yield Row("memory, MB, at most", memory, self.most, memory + 60)
+        name, memory = "memory, MB", idle["memory, MB"]
+        yield Row(f"{name}, at most", memory, self.most, memory + MOST_MEMORY)
+        yield Row(f"{name}, afterwards", memory, now[name], memory + MOST_MEMORY)
         for name, limit in limits.items():
             yield Row(f"{name}, afterwards", idle[name], now[name], limit)
         yield Row("left in the queue", 0, left, 0)
