@@ -187,8 +187,10 @@ def live_through(sim, monkeypatch):
             database.expire()
             live(sim, settings, database.type, Bot, chat)
         found = verdict(sim, chat)
-        if len(sim.ai_requests) - asked_before > QUESTIONS + 1:
-            found["asked the AI"] = len(sim.ai_requests) - asked_before
+        asked = len(sim.ai_requests) - asked_before
+        kept = "end_step" in life.steps[-1]  # and was sent: the AI is not asked again
+        if asked > QUESTIONS + (not kept):
+            found["asked the AI"] = asked
         return life, found
 
     return live_through
