@@ -813,6 +813,22 @@ def test_too_much_is_refused():
     assert ai_failure(lines, interval=0)[0].kind == "setup"
 
 
+@pytest.mark.parametrize("interval", [0, OFTEN])
+def test_one_json_is_not_read_beyond_two_megabytes(interval):
+    read = []
+
+    def large():
+        yield b'{"choices": [{"message": {"content": "'
+        for _ in range(100):
+            read.append(1)
+            yield b"x" * 100_000
+        yield b'"}, "finish_reason": "stop"}]}'
+
+    error, tries = ai_failure(large(), interval=interval)
+    assert (error.kind, tries) == ("setup", 1) and "more than" in error.details
+    assert len(read) < 60, "of 100"
+
+
 def test_no_part_of_an_error_repeats_what_was_said():
     said = "my card is 4929-1111"
     question = [{"role": "user", "content": said}]
