@@ -519,6 +519,24 @@ def test_what_came_after_a_refusal_did_not_overtake_it(bots, monkeypatch):
     assert (before, after) == (newest - 1, newest)
 
 
+@pytest.mark.parametrize("others", [{}, {"another server": 0.3}])
+def test_what_another_server_answered_meanwhile_overtook_nothing(
+    bots, monkeypatch, others
+):
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    monkeypatch.setattr(Workers, "hold", lambda workers, seconds: None)
+    bots.launch()
+    for text in ("before", "meanwhile"):
+        keep_as_answered(bots, bots.sim.say("jared", ROBOT, text))
+    newest, ago = bots.store.newest(), {"dead": 30.0} | others
+    well = {server: time.time() - seconds for server, seconds in ago.items()}
+    seqs = {"dead": newest - 1, "another server": newest}
+    bots.store.put("servers", {"well": well, "newest": seqs})
+    bots.bot.missed.beat()
+    [[*_, first, last]] = bots.servers()["outages"]
+    assert (first, last) == (newest - 1 if others else newest, newest)
+
+
 def test_a_refused_callback_is_answered_though_the_clock_was_set_back(
     sim, bots, monkeypatch
 ):
