@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import logging
 import os
 import re
@@ -42,7 +43,7 @@ from .queue import (
 )
 from .replies import PlainReply
 from .settings import Persona, Settings, SettingsError, misspelt
-from .tencent import BadEvent, Client, Message, Nicks, numbers
+from .tencent import BadEvent, Client, Message, Nicks, numbers, read_mention
 from .texts import TEXTS
 from .timing import NORMAL, Timing
 from .web import refuse, set_up_logging
@@ -78,11 +79,9 @@ class Engine:
         self.providers = {
             p: settings.provider(p, self.services, timing) for p in personas
         }
-        share, seconds = settings.worker_threads, settings.retention_days * 86400
-        services = {provider.url for provider in self.providers.values()}
-        threads = share * len(services) + max(2, share // 8)  # for what asks none
-        self.workers = Workers(store, self.work, threads, seconds, timing)
-        self.workers.share, self.workers.lane_of = share, self.lane
+        seconds = settings.retention_days * 86400
+        self.workers = Workers(store, self.work, settings.threads(), seconds, timing)
+        self.workers.share, self.workers.lane_of = settings.worker_threads, self.lane
         shared = settings, store, self.workers, self.im
         self.outbox = Outbox(*shared, self.texts, timing)
         self.missed: Missed | NothingMissed = NothingMissed()
@@ -115,7 +114,7 @@ class Engine:
     def connect(cls, settings: Settings, timing: Timing = NORMAL) -> Client:
         """Create the REST client. Its calls are signed with a UserSig made here."""
         sign = partial(cls.make_sig, settings.im_sdkappid, settings.im_key)
-        about = settings.im_sdkappid, settings.im_admin, sign, settings.worker_threads
+        about = settings.im_sdkappid, settings.im_admin, sign, settings.threads()
         return Client(settings.im_api_url, *about, timing)
 
     def start(self, app: Flask) -> None:
@@ -269,18 +268,19 @@ class Engine:
             self.answer(chat, delivery)
 
     def lane(self, claim: Claim) -> str:
-        """Return the address of the AI service that a message has to wait for, if any.
+        """Return which AI service a message has to wait for, "" if for none.
 
-        Commands, and answers that are only sent again, go past a slow service.
+        Commands, and answers that are only sent again, go past a slow service. It is a
+        hash, since an address may hold a key.
         """
-        try:
-            message = Message.load(claim.data)
-        except (TypeError, KeyError):
-            return ""  # it cannot be read, and fails when it is worked on
-        asks = message.kind in ("question", "mention") and not commands.find(message)
-        if not asks or claim.reply is not None:
+        message = Message.load(claim.data)
+        if message.kind == "mention":  # its robot's nick is not known yet
+            message = read_mention(message, [(message.robot, "")])
+        asks = message.kind == "question" and not commands.find(message)
+        if not asks or claim.exhausted or claim.reply is not None:
             return ""
-        return self.providers[self.settings.persona(message.robot)].url
+        url = self.providers[self.settings.persona(message.robot)].url
+        return hashlib.sha256(url.encode()).hexdigest()[:8]
 
     def _chat(self, message: Message, conversation: str) -> Chat:
         settings = self.settings

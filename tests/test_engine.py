@@ -11,8 +11,10 @@ import time
 import pytest
 from conftest import Caller, idle, poll, said_to
 
-from imbot.queue import StoreError
+from botserver import Bot
+from imbot.queue import Claim, StoreError
 from imbot.settings import Persona, Settings, SettingsError
+from imbot.tencent import Message
 from imbot.texts import TEXTS
 from providers import PROVIDERS
 from simulator import text_body
@@ -295,6 +297,40 @@ def test_no_text_in_a_group_looks_like_another_members(sim, make_app):
     assert sim.delivered[2].text == f"@jared {EN['clear_group']}"
     assert "everybody in this group" in EN["clear_group"]
     assert len(sim.ai_requests[2]["messages"]) == 2
+
+
+def test_a_bot_starts_while_its_database_does_not_answer():
+    url = "postgresql://bot:secret@127.0.0.1:1/bot"
+    given = {"im_sdkappid": 1, "im_key": "k", "ai_secret_key": "k"}
+    bot = Bot.create(Settings(database_url=url, **given))
+    with pytest.raises(StoreError, match="PostgreSQL cannot be used"):
+        bot.store.stats()
+    bot.store.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "waits"),
+    [
+        ({"text": "a question"}, True),
+        ({"text": "/help"}, False),
+        ({"text": "@@RBT#001 /help", "kind": "mention", "group": "@TGS#demo"}, False),
+        ({"text": "@Ada a question", "kind": "mention", "group": "@TGS#demo"}, True),
+        ({"text": "", "kind": "unsupported"}, False),
+        ({"text": "a question", "reply": "kept"}, False),
+        ({"text": "a question", "exhausted": True}, False),
+    ],
+)
+def test_only_what_asks_the_ai_waits_for_it(make_app, message, waits):
+    message = dict(message)
+    reply, exhausted = message.pop("reply", None), message.pop("exhausted", False)
+    bot = make_app(ai_base_url="https://ai.example.com/v1?key=QUERYKEY").extensions[
+        "bot"
+    ]
+    data = Message("id", ROBOT, "jared", **message).data()
+    lane = bot.lane(
+        Claim(1, "id", "chat", data, "token", reply, {}, 0.0, exhausted, {})
+    )
+    assert bool(lane) == waits and "QUERYKEY" not in lane
 
 
 def test_a_database_that_is_deleted_is_told_within_a_second(

@@ -163,7 +163,8 @@ class PostgresStore(Store):
                 tables += (
                     f"; ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {column} {kind}"
                 )
-            connection.execute(f"BEGIN; {lock}; {tables}; COMMIT")
+            begin = BEGIN.format(self.timing.step * 1000)  # others wait behind it, too
+            connection.execute(f"{begin}{lock}; {tables}; COMMIT")
 
         def execute(name: str, values: Data, last: bool = False) -> Rows:
             return connection.execute(self._sql[name], values).fetchall()

@@ -44,9 +44,9 @@ class Added(StrEnum):
 
 # The state of a message is `open`, `done` (remembered), `gone` (only its id is left) or
 # `failed`. `due` is when a conversation may be claimed: at once, after a delay, or when
-# the lease of a claim expires. `attempts` counts the claims of its oldest message, and
-# `lane` is what that waits for, if a worker saw it. `served` is the asker whose message
-# ended last. `about` says of what app the database is.
+# the lease of a claim expires. `next` is the seq of the message whose turn it is, once
+# one has ended; else it is the oldest's. `attempts` counts its claims, and `lane` is
+# what it waits for, if a worker saw it. `about` says of what app the database is.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS message (
     seq {serial},
@@ -72,7 +72,7 @@ CREATE TABLE IF NOT EXISTS conversation (
     token TEXT,
     cancelled INTEGER NOT NULL DEFAULT 0,
     lane TEXT NOT NULL DEFAULT '',
-    served TEXT
+    next BIGINT
 ){without_rowid};
 CREATE TABLE IF NOT EXISTS kept (
     name TEXT PRIMARY KEY,
@@ -93,7 +93,7 @@ CREATE TABLE IF NOT EXISTS about (
 ADD_COLUMNS = {
     ("message", "version"): "INTEGER NOT NULL DEFAULT 1",
     ("conversation", "lane"): "TEXT NOT NULL DEFAULT ''",
-    ("conversation", "served"): "TEXT",
+    ("conversation", "next"): "BIGINT",
 }
 
 _OWN = """SELECT count(*) FROM message
@@ -109,10 +109,13 @@ SQL = {
     "own": """INSERT INTO about (name, value) VALUES ('app', :app)
         ON CONFLICT (name) DO UPDATE SET value = about.value RETURNING value""",
     "owner": "SELECT value FROM about WHERE name = 'app'",
-    # Count a message in. What waits for this lock gets a later seq.
+    # Count a message in, which goes before what was sent later. What waits for this
+    # lock gets a later seq.
     "enter": """INSERT INTO conversation (name, open, due)
         VALUES (:conversation, 1, {now})
-        ON CONFLICT (name) DO UPDATE SET open = conversation.open + 1
+        ON CONFLICT (name) DO UPDATE SET open = conversation.open + 1,
+            next = (SELECT seq FROM message
+                WHERE seq = conversation.next AND sent <= :sent)
         RETURNING open""",
     # Keep a message, unless it is known or a limit is reached. Messages of one second
     # come in any order.
@@ -137,15 +140,14 @@ SQL = {
         WHERE name = (SELECT name FROM conversation WHERE due <= {now}
                 AND lane NOT IN ({each}(:full))
             ORDER BY due LIMIT 1 {skip_locked})
-        RETURNING name, attempts, served""",
-    # The message to work on, and the kept values that its worker asked for. Whoever was
-    # served last lets the other members of a group go first.
+        RETURNING name, attempts, next""",
+    # The message to work on, and the kept values that its worker asked for.
     "oldest": """SELECT seq, id, data, reply, progress, accepted, (
             SELECT CAST({object_of}(name, value) AS text)
             FROM kept WHERE name IN ({each}(:kept)))
         FROM message WHERE conversation = :conversation AND state = 'open'
             AND version <= :version
-        ORDER BY CASE asker WHEN :served THEN 1 ELSE 0 END, sent, seq LIMIT 1""",
+        ORDER BY CASE seq WHEN :next THEN 0 ELSE 1 END, sent, seq LIMIT 1""",
     # Extend leases; return those that did not expire.
     "heartbeat": """UPDATE conversation SET due = {now} + :lease
         WHERE name IN ({each}(:names)) AND token IN ({each}(:tokens))
@@ -163,11 +165,15 @@ SQL = {
         WHERE seq = :seq
             AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})
         RETURNING 1""",
-    # Free the conversation of its only open message, or of one of several.
+    # Free the conversation of its only open message, or of one of several. Then it is
+    # another asker's turn, if several share it.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
     "free": f"""UPDATE conversation
         SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0,
-            lane = '', served = (SELECT asker FROM message WHERE seq = :seq)
+            lane = '', next = (SELECT seq FROM message
+                WHERE conversation = :conversation AND state = 'open' AND seq <> :seq
+                ORDER BY CASE asker WHEN (SELECT asker FROM message WHERE seq = :seq)
+                    THEN 1 ELSE 0 END, sent, seq LIMIT 1)
         WHERE {_HELD} RETURNING 1""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,
             state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,
@@ -207,7 +213,7 @@ SQL = {
     "prune": """DELETE FROM message WHERE ended < {now} - :age
         AND seq > :after AND seq <= :last RETURNING 1""",
     "load": """SELECT coalesce(sum(open), 0) - count(token), count(token),
-            count(CASE WHEN due <= {now} THEN 1 END)
+            count(CASE WHEN due <= {now} AND lane NOT IN ({each}(:full)) THEN 1 END)
         FROM conversation""",
     "stats": """SELECT (SELECT count(*) FROM message WHERE state = 'failed'),
         coalesce((SELECT {now} - min(message.accepted)
@@ -244,9 +250,9 @@ def claim_step(execute: Execute, values: Data) -> tuple[str, int, Rows] | None:
     # Two statements: the second one sees what was finished before the first.
     if not (taken := execute("take", values)):
         return None
-    [(name, attempts, served)] = taken
+    [(name, attempts, next)] = taken
     kept = [one.replace("{conversation}", name) for one in values["kept"]]
-    values = values | {"conversation": name, "kept": json.dumps(kept), "served": served}
+    values = values | {"conversation": name, "kept": json.dumps(kept), "next": next}
     rows = execute("oldest", values)
     if not rows:
         put_off = {"delay": values["lease"], "uncounted": 1, "lane": ""}
@@ -286,7 +292,7 @@ def check_step(execute: Execute, values: Data) -> None:
 
 def retry_step(execute: Execute, values: Data) -> bool:
     """Count the message in and open it; count it out if another process was faster."""
-    execute("enter", values)
+    execute("enter", values | {"sent": -1.0})  # it is perhaps the oldest again
     if execute("reopen", values):
         return True
     execute("leave", values)

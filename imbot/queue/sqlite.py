@@ -80,8 +80,7 @@ class SQLiteStore(Store):
         self._writer.executescript(SCHEMA.format(**self.dialect))
         for (table, column), kind in ADD_COLUMNS.items():
             if not self._execute(HAS_COLUMN, {"table": table, "column": column}):
-                with suppress(sqlite3.OperationalError):  # another process was faster
-                    self._execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}", {})
+                self._add_column(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
         [(found,)] = self._reader.execute("PRAGMA quick_check(1)").fetchall()
         if found != "ok":
             raise sqlite3.DatabaseError(f"it is damaged: {found}")
@@ -89,6 +88,13 @@ class SQLiteStore(Store):
         self._writer.execute("PRAGMA synchronous = FULL")
         self._synchronous = "FULL"
         self._file = os.stat(self.path)
+
+    def _add_column(self, sql: str) -> None:
+        try:
+            self._execute(sql, {})
+        except sqlite3.OperationalError as error:
+            if "duplicate column" not in str(error):  # another process was faster
+                raise
 
     def _connect(self) -> sqlite3.Connection:
         options: Data = {"timeout": self.timing.locked, "isolation_level": None}

@@ -4,7 +4,8 @@ The store is the queue: a process holds nothing that is not also here, so after 
 another process carries on. The unit of work is the conversation. A row of
 `conversation` exists while one of its messages is open; to claim is to take the
 conversation that has been due the longest and to work on its oldest open message. So
-each chat is answered in order, by one worker at a time.
+each chat is answered in order, by one worker at a time; if several users share it, they
+take turns.
 
 `Store` defines the operations and what they promise. Their SQL is in sql.py.
 SQLiteStore (sqlite.py) serves the processes of one machine, PostgresStore (postgres.py)
@@ -70,7 +71,7 @@ class Claim:
     reply: Any  # what was given to add or save_reply, None before
     progress: Data  # what was given to save_reply, perhaps by a process now dead
     accepted: float  # Unix seconds
-    exhausted: bool  # MAX_ATTEMPTS claims expired: the message may only be failed
+    exhausted: bool  # MAX_ATTEMPTS claims expired: this one is the last
     kept: dict[str, Data]  # the kept values that claim was asked for, by name
 
 
@@ -198,10 +199,11 @@ class Store:
                 self._retry.release()
 
     def claim(self, kept: Sequence[str] = (), full: Sequence[str] = ()) -> Claim | None:
-        """Take the oldest open message of the conversation that has been due longest,
-        among those that were not released into a lane that is `full`.
+        """Take the conversation that has been due longest, among those that were not
+        released into a lane that is `full`, and the message whose turn it is there.
 
-        Askers who share a conversation take turns. A claim lasts `lease` seconds. A
+        That is the oldest; but after a message of one asker it is the oldest of the
+        others, as long as nothing older is added. A claim lasts `lease` seconds. A
         message whose claims expired MAX_ATTEMPTS times is claimed once more, as
         `exhausted`, and then failed. The claim brings the values kept under the names
         `kept`, where {conversation} stands for its conversation.
@@ -391,10 +393,10 @@ class Store:
             after = last
             time.sleep(self.timing.prune_pause)
 
-    def load(self) -> tuple[int, int, int]:
+    def load(self, full: Sequence[str] = ()) -> tuple[int, int, int]:
         """Return how many messages wait, how many are claimed, and how many could be
-        claimed now."""
-        [numbers] = self._select("load")
+        claimed now, see claim."""
+        [numbers] = self._select("load", full=json.dumps([*full]))
         return numbers
 
     def stats(self) -> dict[str, float]:

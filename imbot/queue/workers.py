@@ -167,16 +167,20 @@ class Workers:
         try:
             while not (self.draining or self._store_down) and self._may_claim():
                 claim = self.store.claim(self.kept, self._full_lanes())
-                if not claim:
+                if not claim or self._renews(claim):
                     return None
-                if self._renews(claim):
-                    return None
-                job = Job(claim, self.lane_of(claim))
+                job = Job(claim, self._lane(claim))
                 if self._takes(job):
                     return job
         except StoreError as error:
             self._note(error)
         return None
+
+    def _lane(self, claim: Claim) -> str:
+        try:
+            return self.lane_of(claim)
+        except Exception:  # the handler fails, too, and that is counted
+            return ""
 
     def _full_lanes(self) -> list[str]:
         """Return the lanes that have their share of the threads."""
@@ -293,7 +297,7 @@ class Workers:
             self._run_deferred()
         elif self._deferred:
             self.in_background(self._run_deferred)
-        self.backlog, _, due = self.store.load()
+        self.backlog, _, due = self.store.load(self._full_lanes())
         if self._store_down:
             logger.warning("the store works again")
         self._store_down = False

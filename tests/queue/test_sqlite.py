@@ -424,5 +424,15 @@ def test_questions_are_answered_from_indexes(store, path):
             assert scans == MEANT_SCANS.get(name, set()), name
 
 
+def test_a_file_that_is_locked_while_a_column_is_added_is_not_opened(store, path):
+    store.close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("ALTER TABLE conversation DROP COLUMN next")
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match="opened: database is locked"):
+            opened(f"sqlite:///{path}", locked=0.1)
+    opened(f"sqlite:///{path}").close()
+
+
 def test_durability_says_what_it_promises(store):
     assert "before a callback is acknowledged" in store.durability()

@@ -188,6 +188,33 @@ def test_askers_who_share_a_conversation_take_turns(store):
     assert order == ["lin 0", "ada 3", "lin 1", "bo 5", "lin 2", "lin 4"]
 
 
+def test_a_message_keeps_its_turn_and_its_attempts(store, hasty):
+    """Also if another asker writes while it is tried again."""
+    for number in range(3):
+        store.add(f"lin {number}", "a group", {}, asker="lin", sent=float(number))
+    answer(store)
+    claim = store.claim()
+    assert store.save_reply(claim, "begun", {"sent": 1})
+    store.add("ada", "a group", {}, asker="ada", sent=9.0)
+    for attempted in (False, True, True, True):
+        store.release(claim, 0.0, attempted)
+        claim = store.claim()
+        assert claim.id == "lin 1"
+    assert claim.exhausted and store.finish(claim)
+    claim = store.claim()
+    assert claim.id == "ada" and not claim.exhausted and store.finish(claim)
+    assert answer(store).id == "lin 2"
+
+
+def test_what_was_sent_earlier_and_comes_later_goes_first(store):
+    """As what a look-up finds."""
+    for number in (1, 2, 3):
+        store.add(f"lin {number}", "a group", {}, asker="lin", sent=float(number))
+    answer(store)
+    store.add("found", "a group", {}, asker="lin", sent=1.5)
+    assert [answer(store).id for _ in range(3)] == ["found", "lin 2", "lin 3"]
+
+
 def test_who_asks_alone_is_answered_in_order(store):
     for number in (0, 1, 3, 2):
         store.add(str(number), "lin", {}, asker="lin", sent=float(number))
@@ -202,7 +229,7 @@ def test_what_was_released_into_a_lane_waits_while_that_is_full(store):
     store.release(store.claim(), 0.0, lane="slow")
     assert [c and c.id for c in (store.claim(full=["slow"]),)] == ["3"]
     assert store.claim(full=["slow", "other"]) is None
-    assert store.load() == (2, 1, 1)
+    assert store.load() == (2, 1, 1) and store.load(full=["slow"]) == (2, 1, 0)
     claim = store.claim(full=["other"])
     assert claim.id == "1" and not claim.exhausted and store.finish(claim)
     assert store.claim(full=["slow"]).id == "2", "the lane was that of the first"
@@ -784,7 +811,7 @@ def test_a_database_without_an_owner_belongs_to_the_next_app(url):
 
 
 OLDER = [
-    "ALTER TABLE conversation DROP COLUMN served",
+    "ALTER TABLE conversation DROP COLUMN next",
     "ALTER TABLE conversation DROP COLUMN lane",
     "ALTER TABLE message DROP COLUMN version",
     "DROP TABLE about",

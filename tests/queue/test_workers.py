@@ -79,7 +79,14 @@ def test_a_lane_leaves_threads_to_others(store, start):
         store.finish(job.claim)
         done.append(job.claim.id)
 
-    pool = start(handle, threads=5, share=2, lane_of=lambda claim: claim.id[0].strip())
+    def claim(*asked):
+        claims.append(asked)
+        return store.claim(*asked)
+
+    counting, claims = Broken(store), []
+    counting.claim = claim
+    lanes = {"threads": 5, "share": 2, "lane_of": lambda claim: claim.id[0].strip()}
+    pool = start(handle, store=counting, **lanes)
     for number in range(4):
         for lane in "ab":
             pool.add(f"{lane}{number}", f"{lane}{number}", {})
@@ -87,10 +94,22 @@ def test_a_lane_leaves_threads_to_others(store, start):
     for number in range(8):
         pool.add(f" {number}", "chat", {})
     poll(lambda: len(done) == 8)
+    before = len(claims)
+    time.sleep(0.2)  # 20 rounds of the maintenance loop
+    assert len(claims) < before + 9, "nobody looks for what may not be claimed"
     assert begun == {"a": 2, "b": 2, "": 8}
     goes_on.set()
     poll(lambda: len(done) == 16 and idle(store))
     assert begun == {"a": 4, "b": 4, "": 8}
+
+
+def test_what_has_no_lane_by_mistake_is_handled(store, start):
+    def fails(claim):
+        raise AttributeError("a mistake in the program")
+
+    add(store, "a")
+    start(lambda job: store.finish(job.claim), lane_of=fails)
+    poll(lambda: idle(store))
 
 
 def test_a_lane_has_its_share_also_if_all_threads_begin_at_once(store, start):
