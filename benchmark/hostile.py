@@ -96,13 +96,13 @@ class Row:
         return self.found <= self.limit
 
 
-class StandIn(Simulator):
+class HostileStage(Simulator):
     """Tencent and a good AI service; `hostile` calls get hostile answers on request."""
 
     def __init__(self) -> None:
         super().__init__()
         self.token, self.ai_key = f"token-{SECRET}", f"key-{SECRET}"
-        self.ai_delay, self.is_hostile, self.mixed = AI_TAKES, False, 0
+        self.ai_delay, self.is_hostile, self.leaked = AI_TAKES, False, 0
         self.sigs: set[str] = set()
         self.ai_fault = self._look_at
         self._server.RequestHandlerClass = Handler
@@ -117,7 +117,7 @@ class StandIn(Simulator):
         """Take longer for the party, and count what it would hear of others."""
         if MARK in json.dumps(asked["messages"][-1]["content"]):
             time.sleep(HOSTILE_TAKES - AI_TAKES)
-            self.mixed += SECRET in json.dumps(asked)
+            self.leaked += SECRET in json.dumps(asked)
 
     def spoils(self, command: str, body: bytes) -> bool:
         """Return whether a call gets a hostile answer."""
@@ -228,7 +228,7 @@ class Quiet:
 
 
 class Others:
-    """The share of the machine that other programs take: with it the table is read."""
+    """The share of the machine that other programs take: they slow answers, too."""
 
     def __init__(self, bot: BotProcess) -> None:
         assert bot.process
@@ -245,7 +245,7 @@ class Others:
         return total - idle - cpu_seconds(self.pids), total
 
     def share(self) -> float:
-        """Return it since this was made, in percent; nan if a process has ended."""
+        """Return the percentage since the start; nan if a process has ended."""
         with suppress(OSError):
             pairs = zip(self._seconds(), self.began, strict=True)
             others, total = (now - before for now, before in pairs)
@@ -336,13 +336,13 @@ def one_hostile_answer(simulator: Simulator) -> float:
     return sorted(times)[1]
 
 
-def read_by_party(simulator: StandIn, report: Report) -> int:
+def read_by_party(simulator: HostileStage, report: Report) -> int:
     """Count what of others came to the party: in its chats, its prompts, over HTTP."""
     places = ("hostile", SHARED)
     theirs = [m for m in simulator.delivered if m.chat.startswith(places)]
     texts = [json.dumps([m.body, m.states]) for m in theirs]
     in_chats = sum(SECRET in text or NAME in text for text in texts)
-    return in_chats + simulator.mixed + report.read
+    return in_chats + simulator.leaked + report.read
 
 
 @contextmanager
@@ -359,7 +359,7 @@ def a_process() -> Iterator[ProcessPoolExecutor]:
 
 def run(who: str, store: str, seconds: float) -> list[Row]:
     """Let quiet users ask, alone and beside a party; return the table."""
-    simulator, ai_port = StandIn(), free_port() if who == "ai" else 0
+    simulator, ai_port = HostileStage(), free_port() if who == "ai" else 0
     prepare(simulator)
     evil = f'["{EVIL_ROBOT}"]\nbase_url = "http://127.0.0.1:{ai_port or 1}/v1"\n'
     settings: dict[str, Any] = {"WEB_CONCURRENCY": 2, "BOT_LANGUAGE": "en"}
@@ -398,7 +398,9 @@ def run(who: str, store: str, seconds: float) -> list[Row]:
         ]
 
 
-def target_of(simulator: StandIn, bot: BotProcess, who: str, ai_port: int) -> Target:
+def target_of(
+    simulator: HostileStage, bot: BotProcess, who: str, ai_port: int
+) -> Target:
     """Return what a party is told."""
     private = SECRET, NAME, simulator.key, simulator.token
     robot = EVIL_ROBOT if who == "ai" else "@RBT#whole"
@@ -406,7 +408,7 @@ def target_of(simulator: StandIn, bot: BotProcess, who: str, ai_port: int) -> Ta
     return Target(who, bot.port, *about)
 
 
-def prepare(simulator: StandIn) -> None:
+def prepare(simulator: HostileStage) -> None:
     """Make the accounts and groups."""
     users = [f"{NAME}{n}" for n in range(8)]
     hostile = [f"hostile{n}" for n in range(20)]

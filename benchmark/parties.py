@@ -76,7 +76,7 @@ class Report:
 
 
 def attack(target: Target, seconds: float) -> Report:
-    """Be a hostile party for a time."""
+    """Run a hostile party for some seconds."""
     os.nice(10)  # the machine is the bot's
     send = stranger if target.who == "stranger" else callback
     with hostile_service(target.ai_port):

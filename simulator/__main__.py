@@ -84,13 +84,13 @@ class Demonstration:
         """Say something, print it, and print the answer when it comes."""
         simulator, chat, began = self.simulator, group or user, time.monotonic()
         robot = simulator.robots[ROBOT]
-        known = sum(message.chat == chat for message in simulator.delivered)
+        before = [m for m in simulator.delivered if m.chat == chat and m.closed]
         self._print(user, f"@{robot} {text}" if group else text, group)
         if group:
             simulator.say_in_group(user, group, text, [ROBOT])
         else:
             simulator.say(user, ROBOT, text)
-        for message in self._answers(chat, known):
+        for message in self._answers(chat, len(before)):
             took = (time.monotonic() - began) * 1000
             pictures = map(self.texts["picture"].format, message.pictures)
             if shown := " ".join(filter(None, (message.text, *pictures))):
@@ -106,8 +106,9 @@ class Demonstration:
                 if patience == MORE:
                     return
                 raise
-            yield from shown[known:]
-            known, patience = len(shown), MORE
+            ended = [message for message in shown if message.closed]
+            yield from ended[known:]
+            known, patience = len(ended), MORE
 
     def _print(self, who: str, text: str, group: str) -> None:
         line = self.texts["group" if group else "one"]
