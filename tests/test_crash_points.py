@@ -34,7 +34,7 @@ from simulator.messages import STREAM_GAP
 QUESTIONS = 2
 QUICK = ("whole", False, True)
 AWAY = 0.15  # seconds for which the store fails
-TIMING = replace(FAST, look_up=0.5, rest=0.5)  # others wait for who died meanwhile
+TIMING = replace(FAST, look_up=0.5, rest=0.2)  # others wait for who died meanwhile
 MUST_BE_ZERO = ("lost", "twice", "misordered", "mangled", "left open", "locked")
 MUST_BE_ZERO += ("above its question", "told nothing")
 
