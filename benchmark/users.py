@@ -8,6 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,7 @@ class Users:
         self.simulator, self.closing = simulator, threading.Event()
         self.seed, self.rate = seed, rate
         self._turns, self._began = itertools.count(), time.monotonic()
+        self._backlog = 0  # of the bot, also of what it looked up
         self.chats = [Chat(f"user{n}", robot) for n in range(USERS) for robot in MODES]
         self.chats += [
             Chat(f"user{n}", robot, f"@TGS#{n}")
@@ -85,6 +87,7 @@ class Users:
             threading.Thread(target=self._ask_on, args=(number,), daemon=True)
             for number in range(SENDERS)
         ]
+        self._threads.append(threading.Thread(target=self._watch, daemon=True))
 
     def __enter__(self) -> Users:
         self._began = time.monotonic()
@@ -121,13 +124,20 @@ class Users:
         mine = self.chats[sender::SENDERS]
         chance = random.Random(f"{self.seed} sender {sender}")
         while not self.closing.wait(self._pause()):
-            late = self.acknowledged() - len(self.simulator.delivered) > BACKLOG
             try:
-                late = late or not self._ask(chance.choice(mine))
+                late = self._backlog > BACKLOG or not self._ask(chance.choice(mine))
             except requests.RequestException:
                 late = True
             if late:
                 self.closing.wait(0.1)
+
+    def _watch(self) -> None:
+        """Ask the bot now and then how much waits, if it answers."""
+        while not self.closing.wait(0.5):
+            with suppress(requests.RequestException, KeyError, ValueError):
+                url = f"{self.simulator.bot_url}/healthz"
+                state = requests.get(url, timeout=5).json()
+                self._backlog = state["waiting"] + state["in_work"]
 
     def _pause(self) -> float:
         """Return the seconds until it is the next question's turn."""

@@ -519,6 +519,27 @@ def test_what_came_after_a_refusal_did_not_overtake_it(bots, monkeypatch):
     assert (before, after) == (newest - 1, newest)
 
 
+def test_what_was_shed_is_looked_up_from_its_first_refusal_on(bots, monkeypatch):
+    """However long there was no time for it."""
+    real, ahead = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    bots.launch(max_backlog=2)
+    missed, workers = bots.bot.missed, bots.bot.workers
+    keep_as_answered(bots, bots.sim.say("jared", ROBOT, "before"))
+    missed.beat()
+    newest, workers.backlog = bots.store.newest(), 2
+    missed.note_refusal()
+    keep_as_answered(bots, bots.sim.say("jared", ROBOT, "after"))
+    for _ in range(60):
+        ahead[0] += 1.0
+        missed.beat()
+    workers.backlog = 0
+    missed.beat()
+    [[_, since, _, first, last]] = bots.servers()["outages"]
+    assert since <= real() and (first, last) == (newest, newest + 1)
+
+
 @pytest.mark.parametrize("others", [{}, {"another server": 0.3}])
 def test_what_another_server_answered_meanwhile_overtook_nothing(
     bots, monkeypatch, others
