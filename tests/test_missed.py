@@ -540,6 +540,25 @@ def test_what_was_shed_is_looked_up_from_its_first_refusal_on(bots, monkeypatch)
     assert since <= real() and (first, last) == (newest, newest + 1)
 
 
+def test_what_was_shed_by_a_server_that_died_is_looked_up(bots, monkeypatch):
+    real, ahead = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    bots.launch(max_backlog=2)
+    bots.bot.missed.beat()
+    bots.bot.workers.backlog = 2
+    bots.bot.missed.note_refusal()
+    keep_as_answered(bots, bots.sim.say("jared", ROBOT, "after"))
+    for _ in range(60):
+        ahead[0] += 1.0
+        bots.bot.missed.beat()
+    monkeypatch.setattr("imbot.missed.server_name", lambda: "the next server")
+    ahead[0] += 9.0
+    bots.launch()
+    [[_, since, _, first, last]] = bots.servers()["outages"]
+    assert since <= real() and (first, last) == (0, 1)
+
+
 @pytest.mark.parametrize("others", [{}, {"another server": 0.3}])
 def test_what_another_server_answered_meanwhile_overtook_nothing(
     bots, monkeypatch, others
@@ -552,7 +571,8 @@ def test_what_another_server_answered_meanwhile_overtook_nothing(
     newest, ago = bots.store.newest(), {"dead": 30.0} | others
     well = {server: time.time() - seconds for server, seconds in ago.items()}
     seqs = {"dead": newest - 1, "another server": newest}
-    bots.store.put("servers", {"well": well, "newest": seqs})
+    good = {server: [at, seqs[server]] for server, at in well.items()}
+    bots.store.put("servers", {"well": well, "good": good})
     bots.bot.missed.beat()
     [[*_, first, last]] = bots.servers()["outages"]
     assert (first, last) == (newest - 1 if others else newest, newest)
