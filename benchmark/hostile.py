@@ -58,11 +58,11 @@ from simulator.history import LOOKUPS
 from simulator.server import _Handler
 
 from .faults import settle
-from .load import question
+from .load import Crowd, question
 from .parties import MARK, RATES, SHARED, Report, Target, answer_badly, attack
 from .soak import usage
 from .stage import DATABASES, stage, workers
-from .timed import cpu_seconds
+from .timed import cpu_seconds, percentiles
 
 ALONE = 60.0  # seconds of the measurement before, at most as long as the party
 EVERY = 4.0  # seconds between two questions of a quiet user: within RATE_LIMIT
@@ -147,11 +147,11 @@ class Asked:
     at: float
 
 
-class Quiet:
+class Quiet(Crowd):
     """Users who ask a question every few seconds each, in places of three kinds."""
 
     def __init__(self, simulator: Simulator, is_member: bool) -> None:
-        self.simulator, self.closing = simulator, threading.Event()
+        super().__init__(simulator)
         self.asked: list[Asked] = []
         self.users = {f"{NAME}{n}": ONE if n < 4 else OTHERS for n in range(8)}
         if is_member:
@@ -161,16 +161,6 @@ class Quiet:
             threading.Thread(target=self._ask_on, args=(user, n * EVERY / 8))
             for n, user in enumerate(self.users)
         ]
-
-    def __enter__(self) -> Quiet:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closing.set()
-        for thread in self._threads:
-            thread.join()
 
     def _ask_on(self, user: str, wait: float) -> None:
         due = time.monotonic() + wait
@@ -201,10 +191,10 @@ class Quiet:
         return [one for one in named if one[0] >= 0]
 
     def times(self, where: str, since: float, until: float) -> list[float]:
-        """Return the milliseconds that the answers to questions of a time took."""
+        """Return the seconds that the answers to questions of a time took."""
         ended = dict(reversed(self.answered()))
         return [
-            (ended[one.number] - one.at) * 1000
+            ended[one.number] - one.at
             for one in self.asked
             if one.where == where and since <= one.at < until and one.number in ended
         ]
@@ -303,23 +293,17 @@ class Watch:
         yield Row("log lines a minute", quiet, len(lines) / minutes, quiet + most)
 
 
-def percentiles(times: Sequence[float]) -> tuple[float, float]:
-    """Return the median and p95."""
-    ordered = sorted(times) or [math.nan]
-    return ordered[len(ordered) // 2], ordered[len(ordered) * 95 // 100]
-
-
 def time_rows(
     quiet: Quiet, began: float, until: float, hostile: float
 ) -> Iterator[Row]:
     """Yield how long answers took, before and beside the party."""
     for where in dict.fromkeys(quiet.users.values()):
-        before = percentiles(quiet.times(where, 0.0, began))
-        found = percentiles(quiet.times(where, began, until))
+        before = percentiles(quiet.times(where, 0.0, began), tail=95)
+        found = percentiles(quiet.times(where, began, until), tail=95)
         for name, alone, beside in zip(("median", "p95"), before, found, strict=True):
             most = 2 * (alone + hostile * (where == MEMBER)) + NOISE
             yield Row(f"{where}: {name}, ms", alone, beside, most)
-        longest = max(quiet.times(where, began, until), default=math.nan)
+        longest = max(quiet.times(where, began, until), default=math.nan) * 1000
         yield Row(f"{where}: longest, ms", math.nan, longest, math.inf)
 
 

@@ -13,8 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPConnection, HTTPException
+from typing import Self
 
-from simulator import c2c_event
+from simulator import Simulator, c2c_event
 
 PEOPLE = 1000  # who ask; so many that RATE_LIMIT does not matter
 ROBOT = "@RBT#whole"
@@ -31,6 +32,25 @@ class Post:
     sent: float
     done: float
     ok: bool
+
+
+class Crowd:
+    """Threads of users who ask until the `with` is left."""
+
+    _threads: list[threading.Thread]  # that end when `closing` is set
+
+    def __init__(self, simulator: Simulator) -> None:
+        self.simulator, self.closing = simulator, threading.Event()
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        for thread in self._threads:
+            thread.join()
 
 
 def person(number: int) -> str:

@@ -165,7 +165,7 @@ def cpu_seconds(pids: Sequence[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """Return p50 and p99 in milliseconds."""
+def percentiles(seconds: Sequence[float], tail: int = 99) -> tuple[float, float]:
+    """Return p50 and another percentile in milliseconds."""
     ordered, count = sorted(seconds) or [math.nan], len(seconds)
-    return ordered[count // 2] * 1000, ordered[count * 99 // 100] * 1000
+    return ordered[count // 2] * 1000, ordered[count * tail // 100] * 1000

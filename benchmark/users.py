@@ -10,12 +10,13 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import requests
 
 from simulator import Json, Simulator, c2c_event, group_event
 
+from .load import Crowd
 from .stage import MODES
 
 USERS, GROUPS, SENDERS = 60, 10, 16
@@ -60,7 +61,7 @@ class Chat:
         return {*self.acknowledged, *self.refused, *missed}
 
 
-class Users:
+class Users(Crowd):
     """The load: every chat asks one question after the other and counts them.
 
     No lost question is asked again, and only callbacks that were acknowledged are
@@ -70,7 +71,7 @@ class Users:
     """
 
     def __init__(self, simulator: Simulator, seed: int = 0, rate: float = 0) -> None:
-        self.simulator, self.closing = simulator, threading.Event()
+        super().__init__(simulator)
         self.seed, self.rate = seed, rate
         self._turns, self._began = itertools.count(), time.monotonic()
         self._backlog = 0  # of the bot, also of what it looked up
@@ -89,16 +90,9 @@ class Users:
         ]
         self._threads.append(threading.Thread(target=self._watch, daemon=True))
 
-    def __enter__(self) -> Users:
+    def __enter__(self) -> Self:
         self._began = time.monotonic()
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closing.set()
-        for thread in self._threads:
-            thread.join()
+        return super().__enter__()
 
     def asked(self) -> int:
         """Return how many questions were asked."""
