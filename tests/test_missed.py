@@ -519,6 +519,28 @@ def test_what_came_after_a_refusal_did_not_overtake_it(bots, monkeypatch):
     assert (before, after) == (newest - 1, newest)
 
 
+@pytest.mark.parametrize(("ago", "is_answered"), [(6, False), (1, True)])
+def test_what_was_lost_just_before_a_refusal_is_not_answered_late(
+    bots, monkeypatch, ago, is_answered
+):
+    """A callback that had ended at the last heartbeat was not refused after it."""
+    start = Workers.start
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    bots.launch()
+    sim, missed, now = bots.sim, bots.bot.missed, int(time.time())
+    keep_as_answered(bots, sim.say("lin", ROBOT, "newest", MsgTime=now))
+    missed.beat()
+    sim.say("jared", ROBOT, "lost", MsgTime=now - ago)
+    keep_as_answered(bots, sim.say("jared", ROBOT, "later", MsgTime=now))
+    missed.note_refusal()
+    missed.beat()
+    bots.bot.workers.beat = None
+    start(bots.bot.workers)
+    bots.im.say("last", MsgTime=now + 1)
+    poll(lambda: "last" in said_to(sim, "jared"))
+    assert ("lost" in said_to(sim, "jared")) == is_answered
+
+
 def test_what_was_shed_is_looked_up_from_its_first_refusal_on(bots, monkeypatch):
     """However long there was no time for it."""
     real, ahead = time.time, [0.0]

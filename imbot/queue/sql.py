@@ -133,6 +133,7 @@ SQL = {
     "is_known": "SELECT 1 FROM message WHERE id = :id",
     "known": "SELECT id, state, seq FROM message WHERE id IN ({each}(:ids))",
     "newest": "SELECT coalesce(max(seq), 0) FROM message",
+    "sent": "SELECT sent FROM message WHERE seq = :seq",
     "drop": "DELETE FROM conversation WHERE name = :conversation AND open = 0",
     # Take the conversation that is due longest, unless its lane is full.
     "take": """UPDATE conversation

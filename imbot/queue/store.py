@@ -257,6 +257,11 @@ class Store:
         [(seq,)] = self._select("newest")
         return int(seq)
 
+    def sent(self, seq: int) -> float:
+        """Return when the message of a seq was sent, 0 if there is none."""
+        rows = self._select("sent", seq=seq)
+        return float(rows[0][0]) if rows else 0.0
+
     def state(self, id: str) -> str | None:
         """Return the state of an id as `known` does, None if it is not known."""
         return self.known([id]).get(id, (None, None))[0]
