@@ -215,7 +215,6 @@ def test_gunicorn_without_its_configuration_is_told_so(
 FREED = """
 import runpy, sys, threading
 from pathlib import Path
-from types import SimpleNamespace
 
 def resident():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
@@ -223,10 +222,12 @@ def resident():
 def work():
     for _ in range(9):
         all_here.wait()
-        b"x" * (8 << 20)
+        large = b"x" * (8 << 20)
+        kept.append(b"x" * 9000)
+        del large
 
-runpy.run_path(sys.argv[1])["post_worker_init"](SimpleNamespace(wsgi=None))
-before, all_here = resident(), threading.Barrier(8)
+runpy.run_path(sys.argv[1])["post_fork"](None, None)
+before, all_here, kept = resident(), threading.Barrier(8), []
 threads = [threading.Thread(target=work) for _ in range(8)]
 for thread in threads:
     thread.start()
@@ -236,8 +237,40 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc")
+ARENAS = """
+import ctypes, runpy, sys, threading
+
+def work():
+    kept = [b"x" * 2000 for _ in range(50)]
+    all_here.wait()
+    told.wait()
+
+runpy.run_path(sys.argv[1])["post_fork"](None, None)
+all_here, told = threading.Barrier(33), threading.Event()
+threads = [threading.Thread(target=work) for _ in range(32)]
+for thread in threads:
+    thread.start()
+all_here.wait()
+libc = ctypes.CDLL(None)
+libc.fdopen.restype = ctypes.c_void_p
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+told.set()
+"""
+
+
+def run_with_malloc(script):
+    """Run a script in a process of its own; return what it prints."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("it is glibc's malloc")
+    command = [sys.executable, "-c", script, HERE / "gunicorn.conf.py"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+
 def test_a_worker_gives_memory_back_that_it_needed_for_a_moment():
-    command = [sys.executable, "-c", FREED, HERE / "gunicorn.conf.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert int(done.stdout) < 20_000, done.stderr  # KB; without the setting 65,000
+    assert int(run_with_malloc(FREED)) < 8_000  # KB; without the setting 25,000
+
+
+def test_the_threads_of_a_worker_share_two_arenas():
+    assert run_with_malloc(ARENAS).count("<heap nr") == 2  # without the setting 16
