@@ -175,7 +175,7 @@ def test_read_only_it_refuses_and_says_so(store, url):
             after_a_failover.check,
             lambda: after_a_failover.add("2", "jared", {}),
         ):
-            with pytest.raises(StoreError, match="read-only transaction"):
+            with pytest.raises(StoreError, match="read-only transaction: name the ser"):
                 verb()
         assert waiting(after_a_failover) == 1
     store.check()

@@ -239,6 +239,16 @@ def test_that_is_read_only_it_refuses_and_works_after(store, url):
 
 
 @pytest.mark.parametrize(
+    ("pragma", "hint"),
+    [("query_only = 1", "must be allowed to write"), ("max_page_count = 1", "room")],
+)
+def test_an_error_says_what_an_operator_can_do(store, pragma, hint):
+    store._writer.execute(f"PRAGMA {pragma}")
+    with pytest.raises(StoreError, match=hint):
+        store.add("1", "jared", {"text": "x" * 100_000})
+
+
+@pytest.mark.parametrize(
     "url", ["sqlite://store.db", "sqlite:///", "sqlite:///a.db?mode=ro"]
 )
 def test_an_unusable_url_is_an_error_that_says_how(url):
