@@ -53,9 +53,9 @@ from simulator import (
     free_port,
     group_event,
     interrupt_on_signals,
+    server,
 )
 from simulator.history import LOOKUPS
-from simulator.server import _Handler
 
 from .faults import settle
 from .load import Crowd, question
@@ -126,7 +126,7 @@ class HostileStage(Simulator):
         return self.is_hostile and (of_party or aside and random.random() < 0.1)
 
 
-class Handler(_Handler):
+class Handler(server.Handler):
     def _im(self, simulator: Any, command: str, query: Any, body: bytes) -> None:
         simulator.sigs.add(query.get("usersig", ""))
         if simulator.spoils(command, body):
