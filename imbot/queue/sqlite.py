@@ -17,6 +17,7 @@ from .sql import ADD_COLUMNS, SCHEMA, Data, Rows, Step
 from .store import DURABLE, Store, StoreError
 
 SMALLEST = 512  # bytes of a file with tables; SQLite notices if other pages are missing
+LONGEST_WAL = 4 << 20  # bytes that its file keeps; about there it is written back
 NOT_OURS = "the bot must be allowed to write to it and to its folder"
 HINTS = {  # what an operator can do, by the kind of SQLite's error
     sqlite3.SQLITE_READONLY: NOT_OURS,
@@ -77,6 +78,7 @@ class SQLiteStore(Store):
         self._writer, self._reader = self._connect(), self._connect()
         self._execute("PRAGMA journal_mode = WAL", {})
         self._writer.execute("PRAGMA secure_delete = ON")
+        self._writer.execute(f"PRAGMA journal_size_limit = {LONGEST_WAL}")
         self._writer.executescript(SCHEMA.format(**self.dialect))
         for (table, column), kind in ADD_COLUMNS.items():
             if not self._execute(HAS_COLUMN, {"table": table, "column": column}):

@@ -27,7 +27,7 @@ from stores import (
 
 from imbot.queue import StoreError, open_store
 from imbot.queue.sql import SQL
-from imbot.queue.sqlite import SQLiteStore
+from imbot.queue.sqlite import LONGEST_WAL, SQLiteStore
 
 
 @pytest.fixture
@@ -406,6 +406,19 @@ def test_no_byte_is_left_of_what_was_forgotten(store, path):
     assert len(files) == 3
     assert [f.name for f in files if b"SECRET" in f.read_bytes()] == []
     assert b"text of open" in path.read_bytes()
+
+
+def test_its_wal_becomes_small_again_after_a_long_read(store, path):
+    wal = path.with_name(f"{path.name}-wal")
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM message").fetchall()
+        for number in range(8):
+            store.add(str(number), "jared", {"text": "x" * 1_000_000})
+        assert wal.stat().st_size > LONGEST_WAL
+    for number in range(8, 11):
+        store.add(str(number), "jared", {})
+    assert wal.stat().st_size <= LONGEST_WAL
 
 
 # What SQLite reads from one end to the other, and why it may.
