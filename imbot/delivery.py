@@ -222,13 +222,16 @@ class Delivery:
         if not progress.gives_up:
             progress.gives_up = reason
             progress.failing_since = progress.unconfirmed = None
+        told = progress.unconfirmed and time.time() > self.reply.known_until()
         try:
-            if self.chat.message.kind != "said":  # else nobody waits for an answer
+            # Nobody waits for an answer to what was "said".
+            if self.chat.message.kind != "said" and not told:
                 self.reply.give_up(outbox.texts["undeliverable"])
         except IMError as error:
             if self._is_postponed(error):
                 return
             logger.warning("%s: the user is not told: %s", claim.id, error)
         reason, progress.gives_up, progress.failing_since = progress.gives_up, "", None
+        progress.confirm(progress.sent)
         self._save_progress()  # an operator may put the message back
         outbox.workers.when_store_works(outbox.store.fail, claim, reason)

@@ -189,6 +189,16 @@ def test_what_failed_is_named_by_numbers_that_can_be_pasted(flask, tmp_path):
         assert store.claim().id == "@RBT#001\to'neil"
 
 
+@pytest.mark.parametrize(
+    "words", [["failed"], ["retry"], ["say", "@RBT#001", "jared", "hello"]]
+)
+def test_another_apps_database_is_left_alone(flask, tmp_path, words):
+    with closing(open_store(f"sqlite:///{tmp_path}/bot.db", app=1)) as store:
+        done = flask(*words)
+        assert done.exit_code == 1 and store.newest() == 0
+    assert f"IM_SDKAPPID 1, and this server's is {APPID}" in done.stderr
+
+
 def test_what_a_robot_writes_while_no_server_runs_waits(sim, flask, make_app):
     done = flask("say", "@RBT#001", "jared", "later")
     assert (done.exit_code, done.stdout[:13]) == (0, "It is queued:")
@@ -234,7 +244,7 @@ def test_the_doctor_finds_nothing_wrong_with_a_good_set_up(flask):
         ({"fault": 60026}, "set IM_API_URL to that region's domain"),
         ({"fault": 60020}, "the package has expired or is unpaid"),
         ({"robots": {}}, "the app has no robot yet: create-robot @RBT#001"),
-        ({"skew": 3600}, "this server's clock is -3"),
+        ({"skew": 13}, "this server's clock is -1"),
         ({"ROBOTS": "/nowhere.toml"}, "/nowhere.toml, which does not exist"),
     ],
     ids=str,

@@ -121,13 +121,37 @@ def test_a_user_is_told_though_tencent_is_busy_just_then(sim, make_app, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["modify", "custom", "stream"])
 def test_slow_edits_do_not_cost_the_ais_time(sim, make_app, mode):
-    settings = {"reply_mode": mode, "ai_timeout": 1.0, "bot_language": "en"}
+    """The AI takes 2.6 of its 3 s; in its last ones an edit is on its way."""
+    settings = {"reply_mode": mode, "ai_timeout": 3.0, "bot_language": "en"}
     im = Caller(sim, make_app(**settings).test_client())
-    sim.im_delay, sim.ai_pace = 0.4, 0.03
+    sim.ai_pace = 0.17
+    sim.fault = lambda command, body: time.sleep(1.3 * bool(sim.delivered))
     sim.ai_answer = lambda messages: "a word or two. " * 4
     im.say("tell")
     poll(lambda: sim.delivered and idle(im))
     assert sim.delivered[0].text.strip() == ("a word or two. " * 4).strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["modify", "custom", "stream"])
+def test_a_slow_opening_does_not_cost_the_ais_time(sim, make_app, mode):
+    settings = {"reply_mode": mode, "ai_timeout": 1.0, "bot_language": "en"}
+    im = Caller(sim, make_app(**settings).test_client())
+    sim.im_delay = 1.2
+    im.say("tell")
+    poll(lambda: sim.delivered and sim.delivered[0].closed and idle(im))
+    assert said_to(sim, "jared") == ["tell"]
+
+
+@pytest.mark.slow
+def test_a_groups_talk_that_is_slow_does_not_cost_the_ais_time(sim, make_app):
+    settings = {"ai_timeout": 1.0, "group_context": 5, "bot_language": "en"}
+    timing = replace(FAST, aside=1.2)
+    im = Caller(sim, make_app(timing, **settings).test_client())
+    sim.say_in_group("lin", "@TGS#demo", "talk", [])
+    sim.fault = lambda command, body: time.sleep(1.5 * ("get_simple" in command))
+    say_somewhere(im, "group")
+    assert "You said" in sim.wait(1)[0].text
 
 
 def test_nothing_hangs_on_a_clock_that_was_set_back(sim, make_app, tmp_path):
@@ -200,21 +224,79 @@ def part_of(fault):
 def test_an_answer_that_was_sent_before_the_machine_stood_still_is_not_sent_again(
     sim, make_app, monkeypatch
 ):
-    """For longer than Tencent drops a duplicate, in the middle of a call."""
-    real, ahead = time.time, [0]
+    """For longer than Tencent drops a duplicate, once the answer has arrived."""
+    real, faults = time.time, ["late"]
     im = Caller(sim, make_app(QUICK).test_client())
+    monkeypatch.setattr(time, "time", lambda: real() + 135 * bool(sim.delivered))
+    sim.fault = lambda command, body: faults.pop() if faults else None
+    im.say("tell")
+    poll(lambda: not faults and idle(im))
+    assert said_to(sim, "jared") == ["tell"]
+
+
+@pytest.mark.parametrize("mode", ["modify", "custom", "stream"])
+def test_what_was_opened_before_the_machine_stood_still_is_not_opened_again(
+    sim, make_app, monkeypatch, mode
+):
+    real, sent = time.time, []
+    im = Caller(sim, make_app(QUICK, reply_mode=mode).test_client())
+    monkeypatch.setattr(time, "time", lambda: real() + 135 * bool(sim.delivered))
 
     def fault(command, body):
-        if "send" not in command or ahead[0]:
-            return None
-        ahead[0] = 135
-        monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
-        return "late"
+        sent.append(json.dumps(body))
+        return None if sent[1:] else "late"
+
+    sim.fault = fault
+    im.say("tell")
+    poll(lambda: "tell" in sim.delivered[-1].text if sim.delivered else None)
+    poll(lambda: idle(im))
+    assert sent.count(sent[0]) == 1
+
+
+@pytest.mark.parametrize("mode", ["whole", "card"])
+def test_an_unconfirmed_answer_is_not_resent_if_the_machine_stands_still_later(
+    sim, make_app, monkeypatch, mode
+):
+    """Between two tries of the next claim, the first of which surely failed."""
+    real, ahead, tries = time.time, [0], []
+    im = Caller(sim, make_app(QUICK, reply_mode=mode).test_client())
+
+    def fault(command, body):
+        tries.append(body)
+        if len(tries) <= 3:  # all of the first claim
+            return "late"
+        if not ahead[0]:
+            ahead[0] = 135
+            monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+            return 60007
+        return None
 
     sim.fault = fault
     im.say("tell")
     poll(lambda: ahead[0] and idle(im))
     assert said_to(sim, "jared") == ["tell"]
+
+
+@each_mode
+def test_the_sentence_that_no_answer_comes_is_shown_once(
+    sim, make_app, short_windows, mode
+):
+    """Though no confirmation of it comes for longer than Tencent's window."""
+    settings = {"reply_mode": mode, "bot_language": "en"}
+    im = Caller(sim, make_app(short_windows, **settings).test_client())
+    sim.ai_answer, first = (lambda messages: FORBIDDEN), []
+
+    def fault(command, body):
+        if SORRY not in json.dumps(body):
+            return word_filter(command, body)
+        first[1:] = [time.monotonic()]
+        first[:1] = first[:1] or first[1:]
+        return "late" if time.monotonic() < first[0] + 2 else None
+
+    sim.fault = fault
+    im.say("tell")
+    poll(lambda: health(im)["failed"] == 1)
+    assert [SORRY in m.text for m in sim.delivered].count(True) == 1
 
 
 @pytest.mark.parametrize("mode", ["whole", "modify"])
@@ -369,6 +451,14 @@ def test_after_a_retry_an_answer_has_all_its_patience_again(sim, make_app, tmp_p
     poll(lambda: sim.delivered and idle(im))
     assert not faults and health(im)["failed"] == 0
     assert said_to(sim, "jared") == ["tell"]
+
+
+def test_an_answer_has_as_many_messages_as_max_parts_allows(sim, make_app):
+    im = Caller(sim, make_app(max_parts=3, bot_language="en").test_client())
+    sim.ai_answer = lambda messages: "long. " * 20_000
+    im.say("tell")
+    poll(lambda: sim.delivered and idle(im))
+    assert len(sim.delivered) == 3 and sim.delivered[-1].text == EN["length"]
 
 
 @pytest.mark.parametrize("mode", ["whole", "custom", "stream"])

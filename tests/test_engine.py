@@ -308,6 +308,17 @@ def test_a_bot_starts_while_its_database_does_not_answer():
     bot.store.close()
 
 
+def test_a_database_of_another_app_ends_the_start(tmp_path, capsys):
+    given = {"im_key": "k", "ai_secret_key": "k"}
+    given["database_url"] = f"sqlite:///{tmp_path}/bot.db"
+    Bot.create(Settings(im_sdkappid=1, **given)).store.close()
+    with pytest.raises(SystemExit) as ended:
+        Bot.create(Settings(im_sdkappid=2, **given))
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 3
+    assert line.startswith("DATABASE_URL: it belongs to the app with IM_SDKAPPID 1")
+
+
 @pytest.mark.parametrize(
     ("message", "waits"),
     [

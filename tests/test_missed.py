@@ -190,6 +190,38 @@ def test_what_another_thread_marked_and_did_not_finish_is_looked_up(stopped):
     assert stopped.answered()[2:] == ["later"]
 
 
+def test_what_waits_for_anothers_look_up_is_claimed_now_and_then(stopped, monkeypatch):
+    """Not as often as the CPU allows; also if Tencent did not say when it was sent."""
+    sim, asked, go_on = stopped.sim, threading.Event(), threading.Event()
+
+    def fault(command, body):
+        if command == ROAM:
+            asked.set()
+            go_on.wait(9)
+
+    def claim(*about):
+        if found := real(*about):
+            claims.append(found)
+        return found
+
+    sim.fault, claims = fault, []
+    sim.say("jared", ROBOT, "during")
+    event = sim.say("jared", ROBOT, "after")
+    [message] = callback.parse("Bot.OnC2CMessage", event)
+    stopped.launch(timing=replace(FAST, poll=0.4))
+    assert asked.wait(9)
+    real = stopped.store.claim
+    monkeypatch.setattr(stopped.store, "claim", claim)
+    message = replace(message, sent=0.0)
+    about = message.id, message.conversation(), message.data()
+    stopped.bot.workers.add(*about, sent=0.0)
+    began = time.monotonic()
+    poll(lambda: len(claims) > 3)
+    assert time.monotonic() - began > 0.4
+    go_on.set()
+    assert sorted(stopped.answered()) == ["after", "before", "during"]
+
+
 def test_after_two_outages_in_a_row_a_conversation_is_looked_up_once(stopped):
     """The first was not swept when the second began: a server died at once."""
     sim, now = stopped.sim, time.time()
@@ -291,6 +323,16 @@ def test_what_the_network_lost_before_an_outage_does_not_come_after_later_answer
     stopped.start()
     assert stopped.answered("lin") == ["missed"]
     assert lost in sim.said
+
+
+@pytest.mark.parametrize("ahead", [history.MARGIN - 2, 2 - history.MARGIN])
+def test_what_was_missed_is_found_by_any_clock_that_the_doctor_takes(stopped, ahead):
+    """`ahead`: Tencent's clock."""
+    now = int(time.time()) + ahead
+    for seconds in (7, 1):  # the server went 8 s ago
+        stopped.sim.say("lin", ROBOT, f"{seconds} s ago", MsgTime=now - seconds)
+    stopped.start()
+    assert stopped.answered("lin") == ["7 s ago", "1 s ago"]
 
 
 def test_long_lists_are_read_to_their_end(stopped):
@@ -763,6 +805,16 @@ def test_a_look_up_without_an_answer_is_given_up_and_made_by_a_later_sweep(
     sim.wait(3)
     assert stopped.answered() == ["before", "after", "during"]
     assert len([w for w in warnings(caplog) if "cannot be looked up" in w]) == 1
+
+
+@pytest.mark.slow
+def test_a_look_up_that_hangs_does_not_cost_the_ais_time(stopped):
+    sim = stopped.sim
+    sim.history_fault = "hang"
+    timing = replace(FAST, look_up=1.2, rest=0.5)
+    stopped.launch(timing=timing, ai_timeout=1.0).im.say("after")
+    sim.wait(2)
+    assert said_to(sim, "jared") == ["before", "after"]
 
 
 @pytest.mark.slow

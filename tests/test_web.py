@@ -102,6 +102,17 @@ def test_broken_http_fills_no_log(monkeypatch):
     assert all(len(line) < 300 and line.isprintable() for line in shown)
 
 
+def test_not_even_at_debug_a_library_logs_the_address_of_a_call(monkeypatch):
+    monkeypatch.setattr(logging, "basicConfig", lambda **how: None)
+    monkeypatch.setattr(logging.getLogger("gunicorn.error"), "filters", [])
+    for name in ("urllib3", "werkzeug"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.DEBUG)
+        logging.getLogger(name).manager._clear_cache()
+    set_up_logging("DEBUG")
+    for name in ("urllib3.connectionpool", "werkzeug"):
+        assert not logging.getLogger(name).isEnabledFor(logging.INFO)
+
+
 def lines(caplog):
     return [r.getMessage() for r in caplog.records if r.name == "imbot.web"]
 

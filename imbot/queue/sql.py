@@ -98,6 +98,8 @@ ADD_COLUMNS = {
 
 _OWN = """SELECT count(*) FROM message
     WHERE conversation = :conversation AND state = 'open' AND asker = :asker"""
+_LAST = """SELECT conversation, ended FROM message
+    WHERE asker = waiting.asker AND state <> 'open' ORDER BY sent DESC LIMIT 20"""
 _HELD = "name = :conversation AND token = :token"
 # What a user recalled: the worker finds `data` instead, or the memory nothing.
 _RECALL = """UPDATE message SET reply = NULL, remember = 0,
@@ -166,15 +168,17 @@ SQL = {
         WHERE seq = :seq
             AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})
         RETURNING 1""",
-    # Free the conversation of its only open message, or of one of several. Then it is
-    # another asker's turn, if several share it.
+    # Free the conversation of its only open message, or of one of several. If several
+    # askers share it, it is the turn of the one who has waited the longest for one.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
     "free": f"""UPDATE conversation
         SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0,
-            lane = '', next = (SELECT seq FROM message
+            lane = '', next = (SELECT seq FROM message AS waiting
                 WHERE conversation = :conversation AND state = 'open' AND seq <> :seq
-                ORDER BY CASE asker WHEN (SELECT asker FROM message WHERE seq = :seq)
-                    THEN 1 ELSE 0 END, sent, seq LIMIT 1)
+                ORDER BY CASE asker
+                    WHEN (SELECT asker FROM message WHERE seq = :seq) THEN {{now}}
+                    ELSE coalesce((SELECT max(ended) FROM ({_LAST}) AS last
+                        WHERE conversation = :conversation), 0) END, sent, seq LIMIT 1)
         WHERE {_HELD} RETURNING 1""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,
             state = CASE WHEN remember = 1 AND reply <> '' THEN 'done' ELSE 'gone' END,

@@ -170,8 +170,8 @@ class Client:
         """Make a REST call and return Tencent's answer. Raises IMError.
 
         If a retry may help, there is one after each of `pauses`; each try ends after
-        `timeout`. Both are in seconds. What may have arrived is not sent again after
-        `until`, Unix seconds: this machine may have stood still meanwhile.
+        `timeout`. Both are in seconds. There is none after `until`, Unix seconds: this
+        machine may have stood still, and what arrived before would be shown twice.
         https://www.tencentcloud.com/document/product/1047/34620
         """
         data = json.dumps(body, ensure_ascii=False).encode()
@@ -188,7 +188,7 @@ class Client:
                     time.sleep(waits.pop(0) * random.uniform(0.75, 1.25))
                 else:
                     raise
-                if arrived and time.time() > until:
+                if error.retry and time.time() > until:
                     raise
 
     def _post(self, command: str, data: bytes, seconds: float) -> Json:

@@ -844,6 +844,17 @@ def test_no_part_of_an_error_repeats_what_was_said():
             assert "4929" not in str(caught.value) and "***" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["code", "type", "id", "request_id"])
+def test_a_long_name_of_an_error_leaves_room_for_its_sentence(name):
+    error = {"code": "c", "type": "t", "message": "the model is away"}
+    body = {"error": error | {name: "x" * 10**6}}
+    body |= {name: "x" * 10**6} if name.endswith("id") else {}
+    if name == "type":
+        del body["error"]["code"]  # which would be told in its place
+    failure, _ = ai_failure(ai_json(body).encode(), status=400)
+    assert "the model is away" in str(failure) and len(str(failure)) < 400
+
+
 def test_an_error_names_the_address_without_query_and_password():
     url = "http://me:secret@127.0.0.1:1/v1/chat/completions?key=secret"
     provider, _ = ai_service(b"no", status=400, url=url)

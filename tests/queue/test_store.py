@@ -185,7 +185,19 @@ def test_askers_who_share_a_conversation_take_turns(store):
     for number, asker in enumerate(["lin", "lin", "lin", "ada", "lin", "bo"]):
         store.add(f"{asker} {number}", "a group", {}, asker=asker, sent=float(number))
     order = [answer(store).id for _ in range(6)]
-    assert order == ["lin 0", "ada 3", "lin 1", "bo 5", "lin 2", "lin 4"]
+    assert order == ["lin 0", "ada 3", "bo 5", "lin 1", "lin 2", "lin 4"]
+
+
+def test_a_third_askers_first_message_goes_before_anothers_tenth(store):
+    """Also if the third has just been answered in another chat."""
+    for number in range(20):
+        asker = ("lin", "bo")[number % 2]
+        store.add(f"{asker} {number // 2}", "a group", {}, asker=asker, sent=number)
+    store.add("ada", "a group", {}, asker="ada", sent=20.0)
+    order = [answer(store).id for _ in range(4)]
+    store.add("beside", "another chat", {}, asker="ada", sent=21.0)
+    order += [answer(store).id for _ in range(4)]
+    assert order.index("ada") < 4 and "beside" in order
 
 
 def test_a_message_keeps_its_turn_and_its_attempts(store, hasty):
@@ -769,12 +781,13 @@ def test_rows_of_a_newer_version_are_left_to_it(store, opened, caplog):
     assert store.failed() == [] and store.load() == (2, 0, 0)
 
 
-def test_rows_of_a_newer_version_come_back_in_time(opened):
+def test_rows_of_a_newer_version_come_back_in_time(opened, url):
     newer, older = opened(lease=0.05), opened(lease=0.05)
     newer.row_version = older.row_version + 1
     put(newer, "1")
     for _ in range(5):
         assert older.claim() is None
+        query(url, "UPDATE conversation SET due = 0")  # as if its lease had passed
     claim = poll(newer.claim)
     assert claim.id == "1" and not claim.exhausted
 

@@ -229,6 +229,21 @@ def test_a_busy_store_is_not_down(store, start, caplog):
     assert "the store works again" not in caplog.text
 
 
+def test_no_message_is_given_up_because_the_store_was_busy(store, start):
+    add(store, "a")
+    tries = []
+
+    def handle(job):
+        tries.append(job.claim)
+        if len(tries) < 6:
+            raise StoreBusy("slow")
+        store.finish(job.claim)
+
+    start(handle)
+    poll(lambda: idle(store))
+    assert len(tries) == 6 and not tries[-1].exhausted
+
+
 def test_a_message_in_flight_is_not_claimed_again_after_a_pause(store, url, start):
     """The maintenance loop stands still for longer than a lease, threads do not."""
     add(store, "a")

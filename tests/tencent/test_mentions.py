@@ -296,6 +296,7 @@ def test_the_look_up_learns_the_nick(sim, make_app):
     app.extensions["bot"].close(drain=5)
     away = {"well": {"a server": time.time() - 60}}  # its last heartbeat
     app.extensions["bot"].store.put("servers", away)
+    sim.looked_up.clear()
     text = text_body("@My Robot hi")
     sim.say_in_group("jared", GROUP, "", [ROBOT], MsgBody=text)
     sim.say_in_group("jared", GROUP, "", ["@RBT#002"], MsgBody=text_body("@Helper ho"))
