@@ -15,7 +15,8 @@ from conftest import FAST, Caller, idle, poll, said_to
 from imbot.missed import server_name
 from imbot.queue import StoreError, Workers
 from imbot.settings import Persona
-from imbot.tencent import callback, history
+from imbot.tencent import IMError, callback, history
+from imbot.tencent.rest import NETWORK
 from imbot.texts import TEXTS
 from simulator import text_body
 from simulator.history import LOOKUPS
@@ -805,6 +806,27 @@ def test_a_look_up_without_an_answer_is_given_up_and_made_by_a_later_sweep(
     sim.wait(3)
     assert stopped.answered() == ["before", "after", "during"]
     assert len([w for w in warnings(caplog) if "cannot be looked up" in w]) == 1
+
+
+def test_a_machine_that_stood_still_is_no_failure_of_tencents_history(monkeypatch):
+    """In the middle of many look-ups: nobody is answered without one for it."""
+    real, ahead = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead[0])
+
+    class Still:
+        timing, calls = FAST, 0
+
+        def call(self, command, *about):
+            self.calls += 1
+            if self.calls % 2 == 0:
+                return {"Complete": 1}
+            ahead[0] += 15.0
+            raise IMError(command, NETWORK, "no answer")
+
+    chat = callback.Message("", ROBOT, "jared", "")
+    looked_up = history.History(Still())
+    for _ in range(history.FAILURES + 1):
+        assert looked_up.messages(chat, 0) == []
 
 
 @pytest.mark.slow
