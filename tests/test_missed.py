@@ -272,7 +272,7 @@ def test_of_one_second_tencents_order_holds(stopped, unlisted):
 def keep_as_answered(bots, event):
     [message] = callback.parse("Bot.OnC2CMessage", event)
     about = (message.id, message.conversation(), message.data())
-    bots.store.add(*about, sent=message.sent)
+    bots.store.add(*about, asker=message.user, sent=message.sent)
     claim = bots.store.claim()
     assert claim.id == message.id and bots.store.save_reply(claim, "yes", {})
     assert bots.store.finish(claim)

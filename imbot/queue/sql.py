@@ -135,7 +135,7 @@ SQL = {
     "is_known": "SELECT 1 FROM message WHERE id = :id",
     "known": "SELECT id, state, seq FROM message WHERE id IN ({each}(:ids))",
     "newest": "SELECT coalesce(max(seq), 0) FROM message",
-    "sent": "SELECT sent FROM message WHERE seq = :seq",
+    "sent": "SELECT sent FROM message WHERE seq = :seq AND asker IS NOT NULL",
     "drop": "DELETE FROM conversation WHERE name = :conversation AND open = 0",
     # Take the conversation that is due longest, unless its lane is full.
     "take": """UPDATE conversation
@@ -169,15 +169,16 @@ SQL = {
             AND EXISTS (SELECT 1 FROM conversation WHERE {_HELD} {{lock}})
         RETURNING 1""",
     # Free the conversation of its only open message, or of one of several. If several
-    # askers share it, it is the turn of the one who has waited the longest for one.
+    # askers share it, it is the turn of one who was not answered here lately, else of
+    # the one whose answer is the longest ago.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
     "free": f"""UPDATE conversation
         SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0,
             lane = '', next = (SELECT seq FROM message AS waiting
                 WHERE conversation = :conversation AND state = 'open' AND seq <> :seq
-                ORDER BY CASE asker
-                    WHEN (SELECT asker FROM message WHERE seq = :seq) THEN {{now}}
-                    ELSE coalesce((SELECT max(ended) FROM ({_LAST}) AS last
+                ORDER BY CASE WHEN asker IS NULL
+                        OR asker = (SELECT asker FROM message WHERE seq = :seq)
+                    THEN 1e18 ELSE coalesce((SELECT max(ended) FROM ({_LAST}) AS last
                         WHERE conversation = :conversation), 0) END, sent, seq LIMIT 1)
         WHERE {_HELD} RETURNING 1""",
     "finish": """UPDATE message SET ended = {now}, progress = NULL,

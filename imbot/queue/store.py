@@ -258,7 +258,7 @@ class Store:
         return int(seq)
 
     def sent(self, seq: int) -> float:
-        """Return when the message of a seq was sent, 0 if there is none."""
+        """Return when the message of a seq was sent, 0 if no user sent it."""
         rows = self._select("sent", seq=seq)
         return float(rows[0][0]) if rows else 0.0
 

@@ -170,8 +170,8 @@ class Client:
         """Make a REST call and return Tencent's answer. Raises IMError.
 
         If a retry may help, there is one after each of `pauses`; each try ends after
-        `timeout`. Both are in seconds. There is none after `until`, Unix seconds: this
-        machine may have stood still, and what arrived before would be shown twice.
+        `timeout`. Both are in seconds. There is no retry after `until`, Unix seconds:
+        this machine may have stood still, and what arrived would be shown twice.
         https://www.tencentcloud.com/document/product/1047/34620
         """
         data = json.dumps(body, ensure_ascii=False).encode()

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from contextlib import closing
+from functools import partial
 
 import pytest
 from conftest import in_threads, poll
@@ -186,6 +187,19 @@ def test_askers_who_share_a_conversation_take_turns(store):
         store.add(f"{asker} {number}", "a group", {}, asker=asker, sent=float(number))
     order = [answer(store).id for _ in range(6)]
     assert order == ["lin 0", "ada 3", "bo 5", "lin 1", "lin 2", "lin 4"]
+
+
+def test_one_askers_messages_keep_their_order_however_they_are_stored(store, url):
+    """Also if PostgreSQL reads them in another order than their index has."""
+    add = partial(store.add, conversation="a chat", data={}, asker="lin")
+    add("0", sent=0.0)
+    claim = store.claim()
+    for number in range(9, 0, -1):  # found by a look-up
+        add(str(number), sent=float(number))
+    if url.startswith("postgres"):
+        query(url, "VACUUM ANALYZE message")
+    store.finish(claim)
+    assert [answer(store).id for _ in range(9)] == [*"123456789"]
 
 
 def test_a_third_askers_first_message_goes_before_anothers_tenth(store):
