@@ -234,6 +234,8 @@ class Provider:
                     raise self.error(wrong, response)
                 if event is DONE:
                     break
+                if not event:  # after each read
+                    answer.check_size()
                 if answer.finish:
                     scope.wait_at_most(self.timing.grace)
                 elif every and not event and time.monotonic() >= due:

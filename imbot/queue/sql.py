@@ -176,8 +176,8 @@ SQL = {
         SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0,
             lane = '', next = (SELECT seq FROM message AS waiting
                 WHERE conversation = :conversation AND state = 'open' AND seq <> :seq
-                ORDER BY CASE WHEN asker IS NULL
-                        OR asker = (SELECT asker FROM message WHERE seq = :seq)
+                ORDER BY CASE WHEN coalesce(
+                        asker = (SELECT asker FROM message WHERE seq = :seq), TRUE)
                     THEN 1e18 ELSE coalesce((SELECT max(ended) FROM ({_LAST}) AS last
                         WHERE conversation = :conversation), 0) END, sent, seq LIMIT 1)
         WHERE {_HELD} RETURNING 1""",

@@ -814,6 +814,19 @@ def test_too_much_is_refused():
 
 
 @pytest.mark.parametrize("interval", [0, OFTEN])
+def test_a_text_is_not_read_beyond_two_megabytes(interval):
+    read = []
+
+    def endless():
+        for _ in range(1000):
+            read.append(1)
+            yield sse(delta("x" * 60_000), end="")
+
+    assert ai_failure(endless(), interval=interval)[0].kind == "setup"
+    assert len(read) < 120, "what is on its way included"
+
+
+@pytest.mark.parametrize("interval", [0, OFTEN])
 def test_one_json_is_not_read_beyond_two_megabytes(interval):
     read = []
 

@@ -202,6 +202,12 @@ def test_one_askers_messages_keep_their_order_however_they_are_stored(store, url
     assert [answer(store).id for _ in range(9)] == [*"123456789"]
 
 
+def test_what_a_robot_says_unasked_has_its_place_by_its_time(store):
+    for number, asker in enumerate(["lin", "lin", "", "lin"]):
+        store.add(str(number), "a chat", {}, asker=asker, sent=float(number))
+    assert [answer(store).id for _ in range(4)] == ["0", "1", "2", "3"]
+
+
 def test_a_third_askers_first_message_goes_before_anothers_tenth(store):
     """Also if the third has just been answered in another chat."""
     for number in range(20):
