@@ -829,6 +829,22 @@ def test_a_machine_that_stood_still_is_no_failure_of_tencents_history(monkeypatc
         assert looked_up.messages(chat, 0) == []
 
 
+def test_connections_that_break_are_no_failure_of_tencents_history():
+    """As those do that were open while this machine stood still."""
+
+    class Broken:
+        timing, calls = replace(FAST, look_up=9.0, backoff=0.01), 0
+
+        def call(self, command, *about):
+            self.calls += 1
+            if self.calls <= history.FAILURES + 1:
+                raise IMError(command, NETWORK, "no answer (ConnectionError)")
+            return {"Complete": 1}
+
+    chat = callback.Message("", ROBOT, "jared", "")
+    assert history.History(Broken()).messages(chat, 0) == []
+
+
 @pytest.mark.slow
 def test_a_look_up_that_hangs_does_not_cost_the_ais_time(stopped):
     sim = stopped.sim
