@@ -141,8 +141,10 @@ class Client:
     def robots(self) -> list[str]:
         """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
         listed = self.call("openim_robot_http_svc/get_all_robots", {})
-        userids = listed.get("Robot_Account")
-        return [*map(printable, userids)] if isinstance(userids, list) else []
+        userids = listed.get("Robot_Account") or []
+        if not isinstance(userids, list):
+            raise IMError("get_all_robots", NETWORK, "no valid answer")
+        return [*map(printable, userids)]
 
     def befriend(self, user: str, robot: str) -> None:
         """Put a robot into the friend list of a user, whose app can then show it.

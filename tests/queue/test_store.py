@@ -593,14 +593,19 @@ def test_what_is_open_for_long_hides_nothing_from_prune(store):
     assert held.id == "a" and store.load()[:2] == (4, 1)
 
 
-def test_prune_looks_at_messages_not_at_all_numbers(store, url):
+def test_prune_looks_at_messages_not_at_all_numbers(store, url, monkeypatch):
     """Else an old open message costs a statement for each batch of numbers."""
     put(store, "old", "new")
     held = store.claim()
     query(url, "UPDATE message SET seq = 500000000 WHERE id = 'new'")
-    began = time.monotonic()
+    select, few = store._select, iter(range(9))
+
+    def counted(*about, **values):
+        next(few)
+        return select(*about, **values)
+
+    monkeypatch.setattr(store, "_select", counted)
     assert store.prune(0) == 0 and held.id == "old"
-    assert time.monotonic() - began < 5
 
 
 def test_stats_say_how_much_waits_is_claimed_and_failed(store):

@@ -265,10 +265,19 @@ def test_what_is_not_tencents_json_is_no_valid_answer(ai_socket, body):
     assert "no valid answer (HTTP 200" in str(error)
 
 
-@pytest.mark.parametrize("robots", ["null", "{}", "5", '"@RBT#1"'])
-def test_a_list_of_robots_that_is_none_is_empty(ai_socket, robots):
+@pytest.mark.parametrize("robots", ["null", "[]", "{}", '""'])
+def test_an_app_without_robots_has_an_empty_list(ai_socket, robots):
     body = OK.replace(b"%s", b'"0", "Robot_Account": ' + robots.encode())
     assert connect(ai_socket(answered(body)).url).robots() == []
+
+
+@pytest.mark.parametrize("robots", ["5", '"@RBT#1"', '{"a": 1}', "true"])
+def test_a_list_of_robots_that_is_none_is_no_valid_answer(ai_socket, robots):
+    """Taken as no robots, nothing would be looked up after an outage."""
+    body = OK.replace(b"%s", b'"0", "Robot_Account": ' + robots.encode())
+    client = connect(ai_socket(answered(body)).url)
+    with pytest.raises(rest.IMError, match="get_all_robots.*no valid answer"):
+        client.robots()
 
 
 def test_what_tencent_says_of_an_error_cannot_forge_a_line(ai_socket):
