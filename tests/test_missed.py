@@ -845,6 +845,27 @@ def test_connections_that_break_are_no_failure_of_tencents_history():
     assert history.History(Broken()).messages(chat, 0) == []
 
 
+def test_a_history_that_nobody_reaches_is_left_alone_after_some_look_ups():
+    """Though each call fails at once: else every chat would wait `look_up` seconds."""
+
+    class Unreachable:
+        timing, calls = replace(FAST, look_up=0.1, backoff=0.02), 0
+
+        def call(self, command, *about):
+            self.calls += 1
+            raise IMError(command, NETWORK, "no answer (ConnectionError)")
+
+    chat, im = callback.Message("", ROBOT, "jared", ""), Unreachable()
+    looked_up = history.History(im)
+    for _ in range(history.FAILURES):
+        with pytest.raises(IMError, match="ConnectionError"):
+            looked_up.messages(chat, 0)
+    calls = im.calls
+    with pytest.raises(IMError, match="not asked after failures in a row"):
+        looked_up.messages(chat, 0)
+    assert im.calls == calls > history.FAILURES
+
+
 @pytest.mark.slow
 def test_a_look_up_that_hangs_does_not_cost_the_ais_time(stopped):
     sim = stopped.sim
