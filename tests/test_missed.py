@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from conftest import FAST, Caller, idle, poll, said_to
 
-from imbot.missed import server_name
+from imbot.outages import server_name
 from imbot.queue import StoreError, Workers
 from imbot.settings import Persona
 from imbot.tencent import IMError, callback, history
@@ -624,6 +624,21 @@ def test_what_was_shed_by_a_server_that_died_is_looked_up(bots, monkeypatch):
     assert since <= real() and (first, last) == (0, 1)
 
 
+def test_what_a_server_refuses_while_it_stops_is_in_the_store(bots, monkeypatch):
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    missed = bots.launch().bot.missed
+    missed.beat()
+    before = bots.servers()
+    bots.bot.workers.draining = True
+    missed.beat()
+    assert bots.servers() == before
+    missed.note_refusal()
+    missed.beat()
+    assert bots.servers()["well"] == before["well"]
+    [[since, *_]] = bots.servers()["refused"].values()
+    assert since == pytest.approx(before["well"][server_name()], abs=0.5)
+
+
 @pytest.mark.parametrize("others", [{}, {"another server": 0.3}])
 def test_what_another_server_answered_meanwhile_overtook_nothing(
     bots, monkeypatch, others
@@ -636,8 +651,8 @@ def test_what_another_server_answered_meanwhile_overtook_nothing(
     newest, ago = bots.store.newest(), {"dead": 30.0} | others
     well = {server: time.time() - seconds for server, seconds in ago.items()}
     seqs = {"dead": newest - 1, "another server": newest}
-    good = {server: [at, seqs[server]] for server, at in well.items()}
-    bots.store.put("servers", {"well": well, "good": good})
+    newest_then = {server: seqs[server] for server in well}
+    bots.store.put("servers", {"well": well, "newest": newest_then})
     bots.bot.missed.beat()
     [[*_, first, last]] = bots.servers()["outages"]
     assert (first, last) == (newest - 1 if others else newest, newest)
