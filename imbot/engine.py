@@ -284,7 +284,8 @@ class Engine:
 
     def _chat(self, message: Message, conversation: str) -> Chat:
         settings = self.settings
-        scope = CancelScope(settings.ai_timeout, str(numbers(message, 0)[1]))
+        first = 0 if self._reply_mode(message).update_interval else 1  # part sent
+        scope = CancelScope(settings.ai_timeout, str(numbers(message, first)[1]))
         shared = bool(message.group) and settings.group_memory == "group"
         persona, language = settings.persona(message.robot), settings.bot_language
         about = persona, language, self.texts, shared, settings.history_turns, scope

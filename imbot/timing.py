@@ -66,7 +66,7 @@ class Timing:
     outage: float = 5.0  # without a heartbeat of its own, after which a server was down
     others_outage: float = 1.5  # the same for another server, which ours may replace
     away: float = 600.0  # after which a silent server is not expected back
-    look_up: float = 10.0  # for one conversation; then it is answered without
+    look_up: float = 10.0  # for one call; then the conversation is answered without
     look_up_every: float = 0.05  # between two calls; Tencent allows an app 200 a second
     rest: float = 30.0  # without look-ups after several failures in a row
 

@@ -172,6 +172,24 @@ def test_nothing_empty_is_sent_where_nothing_is_locked(sim, make_app, mode):
     assert said_to(sim, "jared") == ["hello"] and len(sim.delivered) == 1
 
 
+@pytest.mark.parametrize("mode", ["whole", "card", "custom", "modify"])
+def test_an_ai_call_has_the_msgrandom_of_the_answers_first_message(
+    sim, make_app, mode, monkeypatch
+):
+    traces, complete = [], sim.complete
+    monkeypatch.setattr(
+        sim,
+        "complete",
+        lambda headers, body: (
+            traces.append(headers["X-Client-Request-Id"]) or complete(headers, body)
+        ),
+    )
+    ask(Caller(sim, make_app(reply_mode=mode).test_client()), "hi")
+    first, *_ = sim.wait(1)
+    poll(lambda: traces)
+    assert traces == [str(first.body["MsgRandom"])]
+
+
 @pytest.mark.parametrize(
     ("platform", "settings", "kind"),
     [

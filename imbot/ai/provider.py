@@ -104,7 +104,7 @@ class Provider:
         "history"), as long as nothing was yielded. Leaving the loop ends the call.
         Raises ProviderError.
         """
-        scope.begin()  # what Tencent took before is not the service's time
+        scope.begin()  # a slow opening or look-up does not take the AI's time
         messages = [turn for turn in messages if str(turn["content"] or "").strip()]
         if not messages:
             raise ProviderError("empty", "the question holds no text")

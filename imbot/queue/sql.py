@@ -170,13 +170,18 @@ SQL = {
         RETURNING 1""",
     # Free the conversation of its only open message, or of one of several. If several
     # askers share it, it is the turn of one who was not answered here lately, else of
-    # the one whose answer is the longest ago.
+    # the one whose answer is the longest ago. What has no asker, as what a robot says
+    # unasked, comes when it is the oldest.
     "free_only": f"DELETE FROM conversation WHERE {_HELD} AND open = 1 RETURNING 1",
     "free": f"""UPDATE conversation
         SET open = open - 1, token = NULL, due = {{now}}, attempts = 0, cancelled = 0,
             lane = '', next = (SELECT seq FROM message AS waiting
                 WHERE conversation = :conversation AND state = 'open' AND seq <> :seq
-                ORDER BY CASE WHEN coalesce(
+                ORDER BY CASE
+                    WHEN asker IS NULL AND sent = (SELECT min(sent) FROM message
+                        WHERE conversation = :conversation AND state = 'open'
+                            AND seq <> :seq) THEN -1
+                    WHEN coalesce(
                         asker = (SELECT asker FROM message WHERE seq = :seq), TRUE)
                     THEN 1e18 ELSE coalesce((SELECT max(ended) FROM ({_LAST}) AS last
                         WHERE conversation = :conversation), 0) END, sent, seq LIMIT 1)

@@ -17,7 +17,7 @@ from .sql import ADD_COLUMNS, SCHEMA, Data, Rows, Step
 from .store import DURABLE, Store, StoreError
 
 SMALLEST = 512  # bytes of a file with tables; SQLite notices if other pages are missing
-LONGEST_WAL = 4 << 20  # bytes that its file keeps; at about that it is copied back
+LONGEST_WAL = 4 << 20  # bytes that its file keeps; SQLite checkpoints at about that
 NOT_OURS = "the bot must be allowed to write to it and to its folder"
 HINTS = {  # what an operator can do, by the kind of SQLite's error
     sqlite3.SQLITE_READONLY: NOT_OURS,

@@ -202,8 +202,8 @@ class Store:
         """Take the conversation that has been due longest, among those that were not
         released into a lane that is `full`, and the message whose turn it is there.
 
-        That is the oldest; but after a message of one asker it is the oldest of the
-        others, as long as nothing older is added. A claim lasts `lease` seconds. A
+        That is the oldest; but if several askers share the conversation they take
+        turns, as long as nothing older is added. A claim lasts `lease` seconds. A
         message whose claims expired MAX_ATTEMPTS times is claimed once more, as
         `exhausted`, and then failed. The claim brings the values kept under the names
         `kept`, where {conversation} stands for its conversation.

@@ -140,10 +140,10 @@ class Client:
 
     def robots(self) -> list[str]:
         """Return the UserIDs of the app's chatbot accounts. Raises IMError."""
-        listed = self.call("openim_robot_http_svc/get_all_robots", {})
-        userids = listed.get("Robot_Account") or []
+        command = "openim_robot_http_svc/get_all_robots"
+        userids = self.call(command, {}).get("Robot_Account") or []
         if not isinstance(userids, list):
-            raise IMError("get_all_robots", NETWORK, "no valid answer")
+            raise IMError(command, NETWORK, "no valid answer")
         return [*map(printable, userids)]
 
     def befriend(self, user: str, robot: str) -> None:

@@ -208,6 +208,18 @@ def test_what_a_robot_says_unasked_has_its_place_by_its_time(store):
     assert [answer(store).id for _ in range(4)] == ["0", "1", "2", "3"]
 
 
+def test_what_a_robot_says_unasked_comes_though_askers_never_pause(store):
+    for number, asker in enumerate(["lin", "ada", "", "lin", "ada"]):
+        store.add(asker or "said", "a group", {}, asker=asker, sent=float(number))
+        store.add(f"{asker} {number}", "a group", {}, asker=asker, sent=float(number))
+    order = []
+    for number in range(5, 15):
+        order.append(answer(store).id)
+        asker = order[-1].split()[0]
+        store.add(f"{asker} {number}", "a group", {}, asker=asker, sent=float(number))
+    assert "said" in order
+
+
 def test_a_third_askers_first_message_goes_before_anothers_tenth(store):
     """Also if the third has just been answered in another chat."""
     for number in range(20):
