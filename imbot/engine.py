@@ -143,6 +143,8 @@ class Engine:
     def close(self, drain: float = DRAIN) -> None:
         """Finish what fits into `drain` seconds; leave the rest to the next process."""
         self.workers.close(drain)
+        with suppress(StoreError):
+            self.missed.beat()  # what was refused meanwhile is for others
 
     def check_store(self) -> None:
         """Raise StoreError if no message can be stored. A slow store is not down."""

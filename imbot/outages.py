@@ -29,7 +29,7 @@ class Heartbeat:
     newest: int  # seq of the newest message
     before: tuple[float, int]  # `now` and `newest` at the heartbeat before
     refused: bool = False  # a callback since then
-    put_off: bool = False  # there is no time for what was refused
+    busy: bool = False  # there is no time for what was refused
     draining: bool = False
 
     @property
@@ -47,7 +47,8 @@ class Heartbeat:
         """
         refused = state.get("refused", {})
         if self.refused:
-            refused = refused | {self.process: [*self.before, self.now]}
+            at = 0.0 if self.draining else self.now  # it is for others, at once
+            refused = refused | {self.process: [*self.before, at]}
         if self.draining:  # it is well no more, and what it refused is for others
             return state | {"refused": refused}
         well, began = state.get("well", {}), state.get("began", {})
@@ -88,6 +89,11 @@ class Heartbeat:
             # Others were well: what they answered since then overtook nothing.
             seqs = state.get("newest", {})
             first += [seqs.get(server, self.newest) for server in silent]
+        if self.server not in state.get("well", {}) and (
+            self.now > self.before[0] + timing.outage
+        ):  # another server noted our silence, and we were silent longer
+            since.append(self.before[0])
+            first.append(self.before[1])
         if self.now < self.before[0]:  # the clock was set back: older times say nothing
             since.append(self.now - timing.outage)
             until = self.before[0] + timing.heartbeat  # by the old clock
@@ -111,7 +117,7 @@ class Heartbeat:
         if server_of(process) in silent:
             return True
         gone = process == self.process or about[2] < self.now - timing.outage
-        return gone and not self.put_off
+        return gone and not self.busy
 
     def _sweep(self, state: Json, timing: Timing) -> list[Any]:
         """Return the process that sweeps, and until when nobody else takes over."""

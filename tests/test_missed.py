@@ -584,6 +584,61 @@ def test_what_was_lost_just_before_a_refusal_is_not_answered_late(
     assert ("lost" in said_to(sim, "jared")) == is_answered
 
 
+def begin(bots, event):
+    """Add and claim a message, as a process does that then dies or takes long."""
+    [message] = callback.parse("Bot.OnC2CMessage", event)
+    about = (message.id, message.conversation(), message.data())
+    bots.store.add(*about, asker=message.user, sent=message.sent)
+    return bots.store.claim()
+
+
+def test_an_answer_that_was_perhaps_shown_overtook_what_the_network_lost(
+    bots, monkeypatch
+):
+    """Its process died before it could note that Tencent had taken it."""
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    bots.launch()
+    bots.sim.say("jared", ROBOT, "lost")
+    claim = begin(bots, bots.sim.say("jared", ROBOT, "later"))
+    assert bots.store.save_reply(claim, "an answer", {})
+    bots.store.release(claim, 1.0)  # it is sent again after the look-up
+    bots.stop()
+    monkeypatch.undo()
+    bots.start()
+    bots.sim.wait(1)
+    assert bots.answered() == ["an answer"] and bots.sim.looked_up[ROBOT, "jared"]
+
+
+def test_an_answer_in_work_overtakes_what_the_network_had_lost(bots, monkeypatch):
+    """The sweep of an outage that was noted meanwhile waits for its end."""
+    sim, start = bots.sim, Workers.start
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    bots.launch(timing=replace(FAST, lease=9.0))
+    sim.say("jared", ROBOT, "lost")
+    claim = begin(bots, sim.say("jared", ROBOT, "later"))
+    bots.bot.missed.beat()
+    sim.say("lin", ROBOT, "missed")
+    bots.bot.missed.note_refusal()
+    start(bots.bot.workers)
+    poll(lambda: said_to(sim, "lin") == ["missed"])
+    assert not sim.looked_up[ROBOT, "jared"] and bots.servers()["outages"]
+    assert bots.store.finish(claim)
+    poll(bots.is_calm)
+    assert not said_to(sim, "jared") and sim.looked_up[ROBOT, "jared"] == 1
+
+
+def test_each_worker_of_a_new_server_waits_until_the_others_are_known(stopped):
+    """Not only the first of them: the outage may be noted a second later."""
+    sim, store, now = stopped.sim, stopped.store, time.time()
+    sim.say("jared", ROBOT, "during")
+    well = {"a server": now - 0.3, server_name(): now}
+    store.put("servers", {"well": well, "began": {server_name(): now}})
+    stopped.launch()
+    assert stopped.im.say("after").status_code == 200
+    sim.wait(3)
+    assert stopped.answered() == ["before", "during", "after"]
+
+
 def test_what_was_shed_is_looked_up_from_its_first_refusal_on(bots, monkeypatch):
     """However long there was no time for it."""
     real, ahead = time.time, [0.0]
@@ -637,6 +692,56 @@ def test_what_a_server_refuses_while_it_stops_is_in_the_store(bots, monkeypatch)
     assert bots.servers()["well"] == before["well"]
     [[since, *_]] = bots.servers()["refused"].values()
     assert since == pytest.approx(before["well"][server_name()], abs=0.5)
+
+
+def test_what_is_refused_while_a_heartbeat_is_made_is_noted(bots, monkeypatch):
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    missed, times = bots.launch().bot.missed, iter(range(1))
+
+    def backlog(workers):
+        for _ in times:
+            missed.note_refusal()
+        return 0
+
+    monkeypatch.setattr(Workers, "backlog", property(backlog), raising=False)
+    missed.beat()
+    missed.beat()
+    assert len(bots.servers()["outages"]) == 1
+
+
+def test_what_another_process_put_off_is_put_off_as_long_as_many_wait(
+    bots, monkeypatch
+):
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    missed = bots.launch(max_backlog=2).bot.missed
+    refused = {"another 1": [time.time() - 70, 0, time.time() - 60]}
+    bots.store.put("servers", bots.servers() | {"refused": refused})
+    for backlog, outages in ((2, 0), (0, 1)):
+        bots.bot.workers.backlog = backlog
+        missed.beat()
+        assert len(bots.servers()["outages"]) == outages
+
+
+def test_what_is_refused_at_the_very_end_is_in_the_store(bots, monkeypatch):
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    bots.launch().bot.missed.note_refusal()
+    bots.bot.close(drain=0)
+    assert len(bots.servers()["refused"]) == 1
+
+
+def test_an_overload_while_the_clock_is_set_back_is_one_outage(bots, monkeypatch):
+    real, ahead = time.time, [300.0]
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    missed = bots.launch(max_backlog=2).bot.missed
+    missed.beat()
+    bots.bot.workers.backlog = 2
+    missed.note_refusal()
+    ahead[0] = 0.0
+    for _ in range(9):
+        ahead[0] += 1.0
+        missed.beat()
+    assert len(bots.servers()["outages"]) == 1
 
 
 @pytest.mark.parametrize("others", [{}, {"another server": 0.3}])

@@ -5,12 +5,13 @@ Nothing here knows of chats, AI or Tencent.
 
 from ..timing import NORMAL, Timing
 from .sql import NO_LIMIT, Added
-from .store import MAX_ATTEMPTS, Claim, Store, StoreBusy, StoreError
+from .store import MAX_ATTEMPTS, OPEN, Claim, Store, StoreBusy, StoreError
 from .workers import Job, LeaseLost, Workers, log_error
 
 __all__ = [
     "MAX_ATTEMPTS",
     "NO_LIMIT",
+    "OPEN",
     "Added",
     "Claim",
     "Job",

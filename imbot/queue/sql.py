@@ -133,7 +133,13 @@ SQL = {
     # Count a message out that was not kept.
     "leave": "UPDATE conversation SET open = open - 1 WHERE name = :conversation",
     "is_known": "SELECT 1 FROM message WHERE id = :id",
-    "known": "SELECT id, state, seq FROM message WHERE id IN ({each}(:ids))",
+    # An answer that was begun may have been shown.
+    "known": """SELECT id, CASE WHEN state = 'open' AND progress IS NOT NULL
+            THEN 'begun' ELSE state END, seq
+        FROM message WHERE id IN ({each}(:ids))""",
+    "is_claimed": """SELECT 1 FROM conversation WHERE token IS NOT NULL
+        AND due > {now} AND (name = :conversation
+            OR substr(name, 1, length(:conversation) + 1) = :conversation || :tab)""",
     "newest": "SELECT coalesce(max(seq), 0) FROM message",
     "sent": "SELECT sent FROM message WHERE seq = :seq AND asker IS NOT NULL",
     "drop": "DELETE FROM conversation WHERE name = :conversation AND open = 0",

@@ -42,6 +42,7 @@ from .sql import (
     update_step,
 )
 
+OPEN = "open", "begun"  # states of what is not answered yet
 MAX_ATTEMPTS = 3  # claims that may expire before the message is marked failed
 RECENT = 20_000  # messages among which one that was recalled is sought
 CHECKED = "x" * 8192  # what `check` writes
@@ -246,11 +247,19 @@ class Store:
             logger.warning("%s", what)
 
     def known(self, ids: Sequence[str]) -> dict[str, tuple[str, int]]:
-        """Return the state of each known id: `open`, `done`, `gone` or `failed`, and
-        its seq, which grows with every message that is added."""
+        """Return the state of each known id: `open`, `begun`, `done`, `gone` or
+        `failed`, and its seq, which grows with every message that is added.
+
+        What is begun is open, too, but a part of its answer may have been shown.
+        """
         given = {storable(id): id for id in ids}
         rows = self._select("known", ids=json.dumps([*given]))
         return {given[id]: (state, seq) for id, state, seq in rows}
+
+    def is_claimed(self, conversation: str) -> bool:
+        """Return whether a worker has a conversation now, or one whose name goes on
+        after a tab."""
+        return bool(self._select("is_claimed", conversation=conversation, tab="\t"))
 
     def newest(self) -> int:
         """Return the seq of the newest message, 0 if there is none."""

@@ -458,6 +458,30 @@ def test_known_ids_have_a_state_and_a_place(store):
     assert store.newest() == known["4"][1] and store.known([]) == {}
 
 
+def test_an_answer_that_is_kept_is_begun_until_it_ends(store):
+    store.add("1", "jared", {}, reply="a sentence")
+    claim = store.claim()
+    assert store.state("1") == "open"  # nobody can have seen it
+    store.save_reply(claim, "an answer", {})
+    store.release(claim, 0.0)
+    assert store.state("1") == "begun"
+    store.finish(store.claim())
+    assert store.state("1") == "gone"
+
+
+def test_whether_a_conversation_is_claimed_its_members_included(store):
+    put(store, "1", to="group")
+    put(store, "2", to="group\tlin")
+    assert not store.is_claimed("group")
+    first, second = store.claim(), store.claim()
+    assert store.is_claimed("group") and store.is_claimed("group\tlin")
+    assert not store.is_claimed("gro") and not store.is_claimed("lin")
+    store.finish(first)
+    assert store.is_claimed("group")
+    store.release(second, 9.0)
+    assert not store.is_claimed("group")
+
+
 def test_history_gives_the_last_turns_oldest_first(store):
     for number in range(8):
         put(store, str(number))
