@@ -157,11 +157,12 @@ class Delivery:
                     raise
                 time.sleep(self.outbox.timing.poll)
 
-    def _save_progress(self) -> None:
+    def _save_progress(self) -> bool:
         try:
             self._save(None)
         except StoreError:
-            pass  # it stays in memory: not worth waiting for
+            return False  # it stays in memory: not worth waiting for
+        return True
 
     def _save(self, answer: Answer | None) -> None:
         given = answer and answer.data(), self.progress.data()

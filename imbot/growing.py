@@ -28,12 +28,14 @@ logger = logging.getLogger(__name__)
 class GrowingReply(PlainReply):
     """What the replies below share."""
 
+    _is_stored = False  # the store knows the growing message
+
     def open(self) -> None:
         if self.progress.key is None and not self.progress.plain:
             with self._or_plain():
                 with self.noting(OPENING):
                     self.progress.key = self.begin(self.known_until())
-                self._note_sent(0)
+                self._is_stored = self._note_sent(0)
 
     def begin(self, until: float) -> Any:
         """Send the initial message and return the key for editing it.
@@ -191,6 +193,7 @@ class StreamReply(GrowingReply):
         self._said = self.progress.said  # and confirmed by Tencent
         self._index = self.progress.index
         self._pending = self.progress.pending  # sent, but not confirmed
+        self._is_stored = self.progress.key is not None
 
     def open(self) -> None:
         super().open()
@@ -220,7 +223,6 @@ class StreamReply(GrowingReply):
             self.open()
             parts = self._split(text)
             if self.grows() and not self.progress.sent:
-                self._note_said()
                 with self._or_plain():
                     self._complete(parts[0])
                 self._note_said()
@@ -276,7 +278,10 @@ class StreamReply(GrowingReply):
     def _add(self, text: str) -> None:
         """Push what is pending, else `text`; if it fails, the next one tries again."""
         closed = self.keep_alive_after == math.inf  # or is being closed
-        if self.grows() and not closed:
+        # Another process, which does not know the stream, would open it again, and its
+        # first chunk would pass for a repetition of ours.
+        if self.grows() and not closed and (self._is_stored or self.save()):
+            self._is_stored = True
             with suppress(IMError), self._or_plain():
                 self._push(text if self._pending is None else self._pending)
 
@@ -291,7 +296,11 @@ class StreamReply(GrowingReply):
         fits = text.startswith(self._said + (self._pending or ""))
         try:
             if self._pending is not None:
+                self._note_said()
                 self._push(self._pending, pauses=None)
+            closing, progress.closing = progress.closing, True  # if we die with that
+            self._note_said()
+            progress.closing = closing
             replaced = f"\n\n{self.texts['replaced']}"
             rest = text.removeprefix(self._said) if fits else replaced
             self._push(rest, last=True, pauses=None)

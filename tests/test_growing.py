@@ -294,6 +294,54 @@ def test_a_stream_that_tencent_closed_in_a_pause_swallows_no_answer(
     assert "".join(texts(sim)) == "the answer" and len(texts(sim)) == 1 + (long > 15)
 
 
+@pytest.mark.parametrize("fault", [None, "late"])
+@pytest.mark.parametrize("told", [None, 10004])
+def test_a_stream_whose_process_died_when_tencent_had_its_end_is_not_shown_again(
+    sim, fault, told
+):
+    """Also if a chunk before was unconfirmed then. If Tencent says to the end's
+    repetition that the stream is closed, it had the end."""
+    saved = {}
+    dead = make_reply(sim, StreamReply, saved=saved)
+    dead.open()
+    faults = [fault]
+    sim.fault = lambda command, body: faults and faults.pop()
+    dead.update("the")
+    call = dead.client.call
+
+    def die(command, body, *about, **more):
+        answer = call(command, body, *about, **more)
+        if body["MsgBody"][0]["MsgContent"]["Chunks"][0]["IsLast"]:
+            raise SystemExit
+        return answer
+
+    dead.client.call = die
+    with pytest.raises(SystemExit):
+        dead.close("the answer")
+    sim.fault = lambda command, body: told if "stream" in command else None
+    make_reply(sim, StreamReply, saved=saved).close("the answer")
+    assert texts(sim) == ["the answer"]
+
+
+def test_a_stream_that_the_store_does_not_know_yet_is_not_added_to(sim):
+    """Another process opens it again: its first chunk would be taken for this one."""
+    dead, known = make_reply(sim, StreamReply), []
+    dead.save = lambda: bool(known)
+    dead.open()
+    dead.keep_alive()
+    dead.update("the")
+    assert sim.delivered[0].index == 1
+    make_reply(sim, StreamReply).close("the answer")
+    assert texts(sim) == ["the answer"]
+    late = make_reply(sim, StreamReply)
+    late.message = type(late.message)("another", "@RBT#001", "jared", "hi", seq=8)
+    late.save = lambda: bool(known)
+    late.open()
+    known.append("it works again")
+    late.update("the")
+    assert texts(sim)[-1] == "the"
+
+
 def test_a_stream_that_was_left_to_die_before_its_end_swallows_no_answer(sim):
     """A process was killed as it was about to send the end."""
     saved = {}

@@ -694,6 +694,24 @@ def test_what_a_server_refuses_while_it_stops_is_in_the_store(bots, monkeypatch)
     assert since == pytest.approx(before["well"][server_name()], abs=0.5)
 
 
+def test_what_was_claimed_as_an_outage_was_noted_overtook_what_came_before(
+    bots, monkeypatch
+):
+    """It was claimed without a look-up, since its thread knew of no outage yet."""
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    missed, update = bots.launch().bot.missed, bots.store.update_at
+
+    def late(*about):
+        keep_as_answered(bots, bots.sim.say("jared", ROBOT, "later"))
+        return update(*about)
+
+    monkeypatch.setattr(bots.store, "update_at", late)
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() - 60)
+    missed.beat()
+    [[*_, first, last]] = bots.servers()["outages"]
+    assert first == last == bots.store.newest() == 1
+
+
 def test_what_is_refused_while_a_heartbeat_is_made_is_noted(bots, monkeypatch):
     monkeypatch.setattr(Workers, "start", lambda workers: None)
     missed, times = bots.launch().bot.missed, iter(range(1))

@@ -40,6 +40,7 @@ def make_reply(sim, kind, place="one-to-one", saved=None, **more):
     def save():
         saved.clear()
         saved.update(progress.data())
+        return True
 
     return kind(client, message, TEXTS, progress, save, **more)
 

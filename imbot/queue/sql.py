@@ -292,8 +292,9 @@ def update_step(execute: Execute, values: Data) -> Data | Exception:
     """
     execute("put_first", values)  # a row that is not there cannot be locked
     [(text,)] = execute("get_locked", values)
+    [(newest,)] = execute("newest", values)
     try:
-        value: Data = values["change"](json.loads(text))
+        value: Data = values["change"](json.loads(text), newest)
         new = json.dumps(value)
     except Exception as error:
         return error

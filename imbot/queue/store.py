@@ -382,6 +382,13 @@ class Store:
         `change` runs inside the transaction, perhaps in another thread, and again if a
         connection breaks: it may only compute, and not wait or use the store.
         """
+        return self.update_at(name, lambda old, newest: change(old))
+
+    def update_at(self, name: str, change: Callable[[Data, int], Data]) -> Data:
+        """Do the same; `change` gets the seq of the newest message at that point, too.
+
+        Who claims a later message finds the new value.
+        """
         result = self._run_in_turn(update_step, name=name, change=change)
         if isinstance(result, Exception):
             raise result

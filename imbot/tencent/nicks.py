@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
-from .callback import Message, clean, read_mention
+from .callback import Json, Message, clean, read_mention
 from .mentions import mentions
 from .rest import UNREADABLE, Client, IMError
 
@@ -29,6 +29,7 @@ class Nicks(Mapping[str, str | None]):
         self._nicks: dict[str, str | None] = {r: n for r, n in named.items() if n}
         self._due: dict[str, float] = {}  # robot -> time.monotonic() of the next call
         self._lock = threading.Lock()
+        self._untold: set[str] = set()  # robots whose nick Tencent may tell later
         self._warned = False
 
     def __getitem__(self, robot: str) -> str | None:
@@ -56,47 +57,63 @@ class Nicks(Mapping[str, str | None]):
         named = [names for names in named if names[0] == own or mentions(text, *names)]
         return read_mention(message, named)
 
-    def learn(self, robot: str) -> None:
+    def learn(self, robot: str) -> bool:
         """Ask Tencent for a robot's nick if it is not known or old, and for others'.
 
-        Nothing is raised: without its nick a robot is known by its UserID.
+        Nothing is raised: without its nick a robot is known by its UserID. Return False
+        if Tencent did not answer, but may do so later.
         """
         if not robot:  # of a recall in a group
-            return
+            return True
         _ = self[robot]
         with self._lock:
             now = time.monotonic()
             due = [one for one, at in [*self._due.items()] if at <= now]
-            if robot not in due:
-                return
-            due = [robot, *(one for one in due if one != robot)][:PROFILES]
-            found = self._ask(due)
-            wait = self._timing.nick_retry if found is None else self._timing.nick_life
-            for one in due:
-                self._nicks[one] = (found or {}).get(one) or self._nicks[one] or ""
-                self._due[one] = now + wait
+            if robot in due:
+                self._ask([robot, *(one for one in due if one != robot)][:PROFILES])
+            return robot not in self._untold
 
-    def _ask(self, robots: list[str]) -> dict[str, str] | None:
-        """Return the nicks of robots; log why, and return None, if Tencent tells none.
+    def note(self, robot: str, nick: str) -> None:
+        """Note a nick that Tencent told, "" if the robot has none."""
+        with self._lock:
+            self._nicks[robot] = nick or self._nicks.get(robot) or ""
+            self._due[robot] = time.monotonic() + self._timing.nick_life
+            self._untold.discard(robot)
 
-        https://www.tencentcloud.com/document/product/1047/34917
-        """
-        body = {"To_Account": robots, "TagList": [NICK]}
+    def _ask(self, robots: list[str]) -> None:
+        """Ask for the nicks of robots; log why if Tencent tells none."""
+        found, wait = {}, self._timing.nick_life
+        self._untold -= {*robots}
         try:
-            answer = self._im.call(
-                "profile/portrait_get", body, pauses=(), timeout=self._timing.aside
-            )
-            nicks = {
-                profile["To_Account"]: clean(item["Value"])
-                for profile in answer["UserProfileItem"]
-                for item in profile.get("ProfileItem") or []
-                if item["Tag"] == NICK
-            }
+            command, body = asking_for(robots)
+            answer = self._im.call(command, body, (), self._timing.aside)
+            found, self._warned = nicks_of(answer), False
         except (IMError, *UNREADABLE) as error:
+            wait = self._timing.nick_retry
             why = error if isinstance(error, IMError) else type(error).__name__
+            if isinstance(error, IMError) and error.retry:
+                self._untold |= {one for one in robots if not self._nicks.get(one)}
             if not self._warned:
                 logger.warning("the robots' nicks are not known: %s", why)
             self._warned = True
-            return None
-        self._warned = False
-        return nicks
+        for one in robots:
+            self._nicks[one] = found.get(one) or self._nicks[one] or ""
+            self._due[one] = time.monotonic() + wait
+
+
+def asking_for(robots: list[str]) -> tuple[str, Json]:
+    """Return the call, and its body, that asks Tencent for the nicks of robots.
+
+    https://www.tencentcloud.com/document/product/1047/34917
+    """
+    return "profile/portrait_get", {"To_Account": robots, "TagList": [NICK]}
+
+
+def nicks_of(answer: Json) -> dict[str, str]:
+    """Return the nicks that Tencent told. Raises one of UNREADABLE."""
+    return {
+        profile["To_Account"]: clean(item["Value"])
+        for profile in answer["UserProfileItem"]
+        for item in profile.get("ProfileItem") or []
+        if item["Tag"] == NICK
+    }

@@ -264,10 +264,10 @@ def test_a_nick_is_asked_for_again_later_and_kept_while_tencent_is_silent():
     nicks = Nicks(im, {})
     nicks.learn(ROBOT)
     im.nicks = IMError("profile/portrait_get", 91000, "busy")
-    poll(lambda: nicks.learn(ROBOT) or len(im.asked) == 2)
+    poll(lambda: nicks.learn(ROBOT) and len(im.asked) == 2)
     assert nicks[ROBOT] == "Ada"
     im.nicks = [profile(ROBOT, "Eve")]
-    poll(lambda: nicks.learn(ROBOT) or nicks[ROBOT] == "Eve")
+    poll(lambda: nicks.learn(ROBOT) and nicks[ROBOT] == "Eve")
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,14 @@ def test_without_its_nick_a_robot_is_known_by_its_id(nicks, caplog):
     assert len(caplog.records) <= 1
 
 
-def test_the_look_up_learns_the_nick(sim, make_app):
+@pytest.mark.parametrize("busy", [0, 3])
+def test_the_look_up_learns_the_nick(sim, make_app, busy):
+    """Also if Tencent does not tell it at once: else the mention would not be seen."""
     sim.robots[ROBOT] = "My Robot"
+    faults = [60007] * busy
+    sim.fault = lambda command, body: (
+        faults.pop() if "portrait_get" in command and faults else None
+    )
     app = make_app(ai_provider="echo")
     app.extensions["bot"].close(drain=5)
     away = {"well": {"a server": time.time() - 60}}  # its last heartbeat
@@ -304,8 +310,17 @@ def test_the_look_up_learns_the_nick(sim, make_app):
     make_app(ai_provider="echo", robots=robots, robots_only=True)
     assert sim.wait(1)[0].text == "@jared jared: hi"
     poll(lambda: not app.extensions["bot"].store.get("servers")["outages"])
-    assert {m.robot for m in sim.delivered} == {ROBOT}
+    assert {m.robot for m in sim.delivered} == {ROBOT} and not faults
     assert "@RBT#002" not in {robot for robot, _ in sim.looked_up}
+
+
+def test_whether_a_nick_may_be_told_later():
+    for error, later in ((91000, True), (40006, False)):
+        im = Profiles(IMError("profile/portrait_get", error, "why"))
+        nicks = Nicks(im, {})
+        assert [nicks.learn(ROBOT) for _ in range(2)] == [not later] * 2
+        nicks.note(ROBOT, "Ada")
+        assert nicks.learn(ROBOT) and nicks[ROBOT] == "Ada" and len(im.asked) == 1
 
 
 def test_what_is_said_one_to_one_asks_for_no_nick():
