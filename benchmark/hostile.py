@@ -42,6 +42,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from socket import AF_UNIX, SOCK_DGRAM, send_fds, socket
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import requests
@@ -59,7 +61,7 @@ from simulator.history import LOOKUPS
 
 from .faults import settle
 from .load import Crowd, question
-from .parties import MARK, RATES, SHARED, Report, Target, answer_badly, attack
+from .parties import LONGEST, MARK, RATES, SHARED, Report, Target, attack
 from .soak import usage
 from .stage import DATABASES, stage, workers
 from .timed import cpu_seconds, percentiles
@@ -73,6 +75,7 @@ LATER = 60.0  # seconds in which threads and files get back to what they were
 AI_TAKES, HOSTILE_TAKES = 0.1, 0.5  # seconds
 SECRET, NAME = "quietsecret", "quietname"  # in the texts and nicks, and the ids
 NICK = f"{SECRET}-nick"
+CROWD = [f"crowd{number}" for number in range(64)]
 GROUP, EVIL_ROBOT = "@TGS#quiet", "@RBT#evil"
 ONE, OTHERS, MEMBER = "one-to-one", "another group", "shared group"
 LINE = re.compile(
@@ -103,6 +106,7 @@ class HostileStage(Simulator):
         super().__init__()
         self.token, self.ai_key = f"token-{SECRET}", f"key-{SECRET}"
         self.ai_delay, self.is_hostile, self.leaked = AI_TAKES, False, 0
+        self.party = ""  # the path of the socket that takes connections over
         self.sigs: set[str] = set()
         self.ai_fault = self._look_at
         self._server.RequestHandlerClass = Handler
@@ -132,7 +136,10 @@ class Handler(server.Handler):
         if simulator.spoils(command, body):
             self.close_connection = True
             asked = query.get("usersig", "").encode() + body
-            answer_badly(self.connection, asked, of_ai=False)
+            line = self.connection.detach()  # the party answers it, in its process
+            with socket(AF_UNIX, SOCK_DGRAM) as party, suppress(OSError):
+                send_fds(party, [asked[:LONGEST]], [line], address=simulator.party)
+            os.close(line)
         else:
             super()._im(simulator, command, query, body)
 
@@ -320,6 +327,15 @@ def one_hostile_answer(simulator: Simulator) -> float:
     return sorted(times)[1]
 
 
+def burst(simulator: HostileStage) -> None:
+    """Let many ask at once: the threads and connections that this takes are kept."""
+    fault, simulator.fault = simulator.fault, lambda *_: time.sleep(HOSTILE_TAKES)
+    for user in CROWD:
+        simulator.say(user, "@RBT#whole", MARK)
+    simulator.wait(len(CROWD))
+    simulator.fault = fault
+
+
 def read_by_party(simulator: HostileStage, report: Report) -> int:
     """Count what of others came to the party: in its chats, its prompts, over HTTP."""
     places = ("hostile", SHARED)
@@ -350,7 +366,9 @@ def run(who: str, store: str, seconds: float) -> list[Row]:
     if who == "rest":
         settings["GROUP_CONTEXT"] = 5  # a look-up for each question in a group
     staged = stage(store, simulator, settings, more_robots=evil)
-    with a_process() as pool, staged as (bot, _):
+    with a_process() as pool, staged as (bot, _), TemporaryDirectory() as folder:
+        simulator.party = f"{folder}/party"
+        burst(simulator)
         target = target_of(simulator, bot, who, ai_port)
         hostile = one_hostile_answer(simulator) if who == "member" else 0.0
         log_from = bot.log.read_bytes().count(b"\n")
@@ -388,7 +406,8 @@ def target_of(
     """Return what a party is told."""
     private = SECRET, NAME, simulator.key, simulator.token
     robot = EVIL_ROBOT if who == "ai" else "@RBT#whole"
-    about = simulator.sdkappid, simulator.token, private, ai_port, robot
+    calls = simulator.party if who == "rest" else ""
+    about = simulator.sdkappid, simulator.token, private, ai_port, robot, calls
     return Target(who, bot.port, *about)
 
 
@@ -396,7 +415,7 @@ def prepare(simulator: HostileStage) -> None:
     """Make the accounts and groups."""
     users = [f"{NAME}{n}" for n in range(8)]
     hostile = [f"hostile{n}" for n in range(20)]
-    simulator.users |= {*users, *hostile, "member0"}
+    simulator.users |= {*users, *hostile, *CROWD, "member0"}
     simulator.groups |= {GROUP: {*users[4:]}, SHARED: {"hostile0", "member0"}}
     simulator.robots = {"@RBT#whole": "", EVIL_ROBOT: "", "@RBT#card": NICK}
 

@@ -35,6 +35,7 @@ LARGEST = 1 << 20  # bytes that are read of an answer
 ENDLESS = 200 << 20  # bytes
 BOMB = gzip.compress(bytes(ENDLESS), 9)
 DRIPS = 90  # bytes, one a second
+LONGEST = 20_000  # bytes of a request that an answer may quote
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Target:
     private: tuple[str, ...]
     ai_port: int = 0  # where the hostile AI service listens
     robot: str = "@RBT#whole"
+    calls: str = ""  # the socket that brings the calls to be answered badly
 
     @property
     def accounts(self) -> list[str]:
@@ -79,7 +81,7 @@ def attack(target: Target, seconds: float) -> Report:
     """Run a hostile party for some seconds."""
     os.nice(10)  # the machine is the bot's
     send = stranger if target.who == "stranger" else callback
-    with hostile_service(target.ai_port):
+    with hostile_service(target.ai_port), hostile_calls(target.calls):
         return flood(target, seconds, send)
 
 
@@ -342,7 +344,7 @@ class _Service(BaseRequestHandler):
         with suppress(OSError):
             while b"\r\n\r\n" not in asked and (piece := self.request.recv(65536)):
                 asked += piece
-        answer_badly(self.request, asked[:20_000], of_ai=True)
+        answer_badly(self.request, asked[:LONGEST], of_ai=True)
 
 
 class _Server(ThreadingTCPServer):
@@ -361,3 +363,37 @@ def hostile_service(port: int) -> Iterator[None]:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield
         server.shutdown()
+
+
+@contextmanager
+def hostile_calls(path: str) -> Iterator[None]:
+    """Answer the connections that come through a socket, if there is one."""
+    if not path:
+        yield
+        return
+    over = threading.Event()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as calls:
+        calls.bind(path)
+        calls.settimeout(0.1)
+
+        def run() -> None:
+            while not over.is_set():
+                with suppress(TimeoutError):
+                    asked, lines, *_ = socket.recv_fds(calls, LONGEST, 1)
+                    about = socket.socket(fileno=lines[0]), asked
+                    threading.Thread(
+                        target=_answer_call, args=about, daemon=True
+                    ).start()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _answer_call(line: socket.socket, asked: bytes) -> None:
+    with line:
+        answer_badly(line, asked, of_ai=False)

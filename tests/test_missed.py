@@ -1117,7 +1117,7 @@ def test_the_store_is_asked_nothing_more_for_a_message_while_all_is_well(bots):
 
         return act
 
-    for verb in ("get", "put", "state", "known", "update"):
+    for verb in ("get", "put", "state", "known", "is_claimed", "update_at"):
         setattr(bots.store, verb, note(getattr(bots.store, verb)))
     bots.im.say("hello")
     bots.sim.wait(1)
