@@ -152,7 +152,8 @@ def settle(bot: BotProcess) -> tuple[int, int]:
 def looks_up(bot: BotProcess) -> bool:
     """Return whether a bot has not looked up all that it knows to have missed."""
     with closing(open_store(bot.env["DATABASE_URL"])) as store:
-        return bool((store.get("servers") or {}).get("outages"))
+        servers = store.get("servers") or {}
+        return bool(servers.get("outages") or servers.get("refused"))
 
 
 def main() -> None:
