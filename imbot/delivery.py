@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +91,11 @@ class Delivery:
 
     def _keep_alive(self) -> None:
         if time.monotonic() - self.reply.last_sent > self.reply.keep_alive_after:
-            self.outbox.workers.in_background(self.reply.keep_alive)
+            self.outbox.workers.in_background(self._add_nothing)
+
+    def _add_nothing(self) -> None:
+        with suppress(LeaseLost):  # noticed elsewhere
+            self.reply.keep_alive()
 
     def run(self, compose: Callable[[Chat], Said]) -> Answer:
         """Return what `compose` says; while that grows, show it."""

@@ -298,7 +298,7 @@ class StreamReply(GrowingReply):
             if self._pending is not None:
                 self._note_said()
                 self._push(self._pending, pauses=None)
-            closing, progress.closing = progress.closing, True  # if we die with that
+            closing, progress.closing = progress.closing, True  # if we die there
             self._note_said()
             progress.closing = closing
             replaced = f"\n\n{self.texts['replaced']}"

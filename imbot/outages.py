@@ -41,8 +41,9 @@ class Heartbeat:
 
         {"well": {server: Unix seconds}, "newest": {server: seq}, "began": {server: Unix
         seconds}: its last heartbeat, and when it started or woke up,
-        "refused": {process: [since, seq, Unix seconds of its last heartbeat]}: what is
-        no outage yet, "number": of the last outage, "outages": those not swept yet,
+        "refused": {process: [since, seq, Unix seconds of its last heartbeat, 0 if it is
+        stopping]}: what is no outage yet,
+        "number": of the last outage, "outages": those not swept yet,
         "sweep": [process, until]}
         """
         refused = state.get("refused", {})

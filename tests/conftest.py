@@ -71,6 +71,11 @@ def started(database, *about):
         yield server
 
 
+def newest_of(store):
+    """Return the seq of the newest message of a store, 0 if there is none."""
+    return store.update_at("a test", lambda old, newest: {"seq": newest})["seq"]
+
+
 @pytest.fixture(scope="session")
 def shared_postgres():
     """A server that tests share, so none may stop it."""

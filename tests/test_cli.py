@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 from click.testing import CliRunner
-from conftest import APPID, FAST, Caller, poll
+from conftest import APPID, FAST, Caller, newest_of, poll
 from flask.cli import FlaskGroup
 
 from botserver import create_app
@@ -195,7 +195,7 @@ def test_what_failed_is_named_by_numbers_that_can_be_pasted(flask, tmp_path):
 def test_another_apps_database_is_left_alone(flask, tmp_path, words):
     with closing(open_store(f"sqlite:///{tmp_path}/bot.db", app=1)) as store:
         done = flask(*words)
-        assert done.exit_code == 1 and store.newest() == 0
+        assert done.exit_code == 1 and newest_of(store) == 0
     assert f"IM_SDKAPPID 1, and this server's is {APPID}" in done.stderr
 
 

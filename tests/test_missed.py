@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from conftest import FAST, Caller, idle, poll, said_to
+from conftest import FAST, Caller, idle, newest_of, poll, said_to
 
 from imbot.outages import server_name
 from imbot.queue import StoreError, Workers
@@ -556,7 +556,7 @@ def test_what_came_after_a_refusal_did_not_overtake_it(bots, monkeypatch):
     bots.bot.missed.beat()
     bots.bot.missed.note_refusal()
     keep_as_answered(bots, bots.sim.say("jared", ROBOT, "after"))
-    newest = bots.store.newest()
+    newest = newest_of(bots.store)
     bots.bot.missed.beat()
     [[*_, before, after]] = bots.servers()["outages"]
     assert (before, after) == (newest - 1, newest)
@@ -627,6 +627,38 @@ def test_an_answer_in_work_overtakes_what_the_network_had_lost(bots, monkeypatch
     assert not said_to(sim, "jared") and sim.looked_up[ROBOT, "jared"] == 1
 
 
+def test_an_answer_in_work_does_not_hold_up_the_look_ups_of_others(bots, monkeypatch):
+    """Not those of other robots, nor those for an outage that comes meanwhile."""
+    sim, start = bots.sim, Workers.start
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    bots.launch(timing=replace(FAST, lease=9.0))
+    sim.users.add("ada")
+    claim = begin(bots, sim.say("jared", ROBOT, "in work"))
+    sim.say("lin", "@RBT#002", "another robot's")
+    bots.bot.missed.note_refusal()
+    start(bots.bot.workers)
+    poll(lambda: said_to(sim, "lin"))
+    sim.say("ada", ROBOT, "in another outage")
+    bots.bot.missed.note_refusal()
+    poll(lambda: said_to(sim, "ada"))
+    assert bots.servers()["outages"] and bots.store.finish(claim)
+    poll(bots.is_calm)
+
+
+def test_a_server_that_knows_the_others_does_not_wait_again(stopped, monkeypatch):
+    """The outage that it noted is closed within a second, by another sweeper."""
+    held = []
+    monkeypatch.setattr(Workers, "start", lambda workers: None)
+    monkeypatch.setattr(Workers, "hold", lambda workers, seconds: held.append(seconds))
+    well = {"dead": time.time() - 60, "another": time.time() + 60}
+    stopped.store.put("servers", {"well": well})
+    missed = stopped.launch().bot.missed
+    assert stopped.servers()["outages"] and not held
+    stopped.store.update("servers", lambda old: old | {"outages": []})
+    missed.beat()
+    assert not held
+
+
 def test_each_worker_of_a_new_server_waits_until_the_others_are_known(stopped):
     """Not only the first of them: the outage may be noted a second later."""
     sim, store, now = stopped.sim, stopped.store, time.time()
@@ -648,7 +680,7 @@ def test_what_was_shed_is_looked_up_from_its_first_refusal_on(bots, monkeypatch)
     missed, workers = bots.bot.missed, bots.bot.workers
     keep_as_answered(bots, bots.sim.say("jared", ROBOT, "before"))
     missed.beat()
-    newest, workers.backlog = bots.store.newest(), 2
+    newest, workers.backlog = newest_of(bots.store), 2
     missed.note_refusal()
     keep_as_answered(bots, bots.sim.say("jared", ROBOT, "after"))
     for _ in range(60):
@@ -709,7 +741,7 @@ def test_what_was_claimed_as_an_outage_was_noted_overtook_what_came_before(
     monkeypatch.setattr(time, "time", lambda real=time.time: real() - 60)
     missed.beat()
     [[*_, first, last]] = bots.servers()["outages"]
-    assert first == last == bots.store.newest() == 1
+    assert first == last == 1
 
 
 def test_what_is_refused_while_a_heartbeat_is_made_is_noted(bots, monkeypatch):
@@ -771,7 +803,7 @@ def test_what_another_server_answered_meanwhile_overtook_nothing(
     bots.launch()
     for text in ("before", "meanwhile"):
         keep_as_answered(bots, bots.sim.say("jared", ROBOT, text))
-    newest, ago = bots.store.newest(), {"dead": 30.0} | others
+    newest, ago = newest_of(bots.store), {"dead": 30.0} | others
     well = {server: time.time() - seconds for server, seconds in ago.items()}
     seqs = {"dead": newest - 1, "another server": newest}
     newest_then = {server: seqs[server] for server in well}

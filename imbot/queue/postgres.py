@@ -46,7 +46,7 @@ SCHEMA_LOCK = 1380076593  # names the advisory lock under which tables are made
 # Steps that wait for no worker: a callback or all claims depend on them.
 URGENT: tuple[Step, ...] = (
     *(add_step, check_step, update_step, "cancel", "heartbeat", "repair", "load"),
-    *("stats", "newest", "recall", "recall_like"),
+    *("stats", "recall", "recall_like"),
 )
 # Connection errors that retrying will not fix.
 HOPELESS = (

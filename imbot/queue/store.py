@@ -261,11 +261,6 @@ class Store:
         after a tab."""
         return bool(self._select("is_claimed", conversation=conversation, tab="\t"))
 
-    def newest(self) -> int:
-        """Return the seq of the newest message, 0 if there is none."""
-        [(seq,)] = self._select("newest")
-        return int(seq)
-
     def sent(self, seq: int) -> float:
         """Return when the message of a seq was sent, 0 if no user sent it."""
         rows = self._select("sent", seq=seq)
@@ -387,7 +382,8 @@ class Store:
     def update_at(self, name: str, change: Callable[[Data, int], Data]) -> Data:
         """Do the same; `change` gets the seq of the newest message at that point, too.
 
-        Who claims a later message finds the new value.
+        Who claims a later message finds the new value; on PostgreSQL not if that is
+        added and claimed before this transaction commits.
         """
         result = self._run_in_turn(update_step, name=name, change=change)
         if isinstance(result, Exception):

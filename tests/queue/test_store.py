@@ -9,7 +9,7 @@ from contextlib import closing
 from functools import partial
 
 import pytest
-from conftest import in_threads, poll
+from conftest import in_threads, newest_of, poll
 from stores import (
     KNOWN,
     NEW,
@@ -448,14 +448,14 @@ def test_a_turn_that_begins_with_its_reply_is_remembered_on_request(store):
 
 
 def test_known_ids_have_a_state_and_a_place(store):
-    assert store.newest() == 0
+    assert newest_of(store) == 0
     put(store, "1", "2", "3", "4")
     answer(store), answer(store, remember=False), fail(store)
     known = store.known(["0", "1", "2", "3", "4"])
     states = {id: state for id, (state, _) in known.items()}
     assert states == {"1": "done", "2": "gone", "3": "failed", "4": "open"}
     assert known["1"][1] < known["2"][1] < known["3"][1] < known["4"][1]
-    assert store.newest() == known["4"][1] and store.known([]) == {}
+    assert newest_of(store) == known["4"][1] and store.known([]) == {}
 
 
 def test_an_answer_that_is_kept_is_begun_until_it_ends(store):
