@@ -34,6 +34,7 @@ class GrowingReply(PlainReply):
         if self.progress.key is None and not self.progress.plain:
             with self._or_plain():
                 with self.noting(OPENING):
+                    self.save()  # from now on it may be shown, also if we die here
                     self.progress.key = self.begin(self.known_until())
                 self._is_stored = self._note_sent(0)
 

@@ -342,6 +342,15 @@ def test_a_stream_that_the_store_does_not_know_yet_is_not_added_to(sim):
     assert texts(sim)[-1] == "the"
 
 
+@each_mode
+def test_what_is_about_to_be_opened_is_noted_before(sim, mode):
+    """A process that dies just then leaves a message that was perhaps shown."""
+    saved, seen = {}, []
+    sim.fault = lambda command, body: seen.append(dict(saved))
+    make_reply(sim, MODES[mode], saved=saved).open()
+    assert seen == [{"sending": -1}] and saved.keys() >= {"key"}
+
+
 def test_a_stream_that_was_left_to_die_before_its_end_swallows_no_answer(sim):
     """A process was killed as it was about to send the end."""
     saved = {}
