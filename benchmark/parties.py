@@ -18,7 +18,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from socketserver import BaseRequestHandler, ThreadingTCPServer
+from socketserver import (
+    BaseRequestHandler,
+    BaseServer,
+    ThreadingMixIn,
+    ThreadingTCPServer,
+    UnixDatagramServer,
+)
+from typing import Any
 from urllib.parse import quote, urlencode
 
 from simulator import Json, c2c_event, group_event, text_body
@@ -81,7 +88,7 @@ def attack(target: Target, seconds: float) -> Report:
     """Run a hostile party for some seconds."""
     os.nice(10)  # the machine is the bot's
     send = stranger if target.who == "stranger" else callback
-    with hostile_service(target.ai_port), hostile_calls(target.calls):
+    with hostile_service(target):
         return flood(target, seconds, send)
 
 
@@ -353,47 +360,35 @@ class _Server(ThreadingTCPServer):
     block_on_close = False
 
 
+class _Call(BaseRequestHandler):
+    def handle(self) -> None:
+        asked, line = self.request
+        with line:
+            answer_badly(line, asked, of_ai=False)
+
+
+class _Calls(ThreadingMixIn, UnixDatagramServer):
+    """Takes connections over, with what was asked on them."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def get_request(self) -> Any:
+        asked, lines, *_ = socket.recv_fds(self.socket, LONGEST, 1)
+        return (asked, socket.socket(fileno=lines[0])), ""
+
+
 @contextmanager
-def hostile_service(port: int) -> Iterator[None]:
-    """Serve a hostile AI service at a port, if there is one."""
-    if not port:
+def hostile_service(target: Target) -> Iterator[None]:
+    """Answer badly what asks a party's AI service, or the calls that it is given."""
+    if target.ai_port:
+        server: BaseServer = _Server(("127.0.0.1", target.ai_port), _Service)
+    elif target.calls:
+        server = _Calls(target.calls, _Call)
+    else:
         yield
         return
-    with _Server(("127.0.0.1", port), _Service) as server:
+    with server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield
         server.shutdown()
-
-
-@contextmanager
-def hostile_calls(path: str) -> Iterator[None]:
-    """Answer the connections that come through a socket, if there is one."""
-    if not path:
-        yield
-        return
-    over = threading.Event()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as calls:
-        calls.bind(path)
-        calls.settimeout(0.1)
-
-        def run() -> None:
-            while not over.is_set():
-                with suppress(TimeoutError):
-                    asked, lines, *_ = socket.recv_fds(calls, LONGEST, 1)
-                    about = socket.socket(fileno=lines[0]), asked
-                    threading.Thread(
-                        target=_answer_call, args=about, daemon=True
-                    ).start()
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-
-def _answer_call(line: socket.socket, asked: bytes) -> None:
-    with line:
-        answer_badly(line, asked, of_ai=False)

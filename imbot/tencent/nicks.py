@@ -76,9 +76,13 @@ class Nicks(Mapping[str, str | None]):
     def note(self, robot: str, nick: str) -> None:
         """Note a nick that Tencent told, "" if the robot has none."""
         with self._lock:
-            self._nicks[robot] = nick or self._nicks.get(robot) or ""
-            self._due[robot] = time.monotonic() + self._timing.nick_life
+            self._keep(robot, nick, self._timing.nick_life)
             self._untold.discard(robot)
+
+    def _keep(self, robot: str, nick: str, life: float) -> None:
+        """Keep a nick, or the one before, and ask again after some seconds."""
+        self._nicks[robot] = nick or self._nicks.get(robot) or ""
+        self._due[robot] = time.monotonic() + life
 
     def _ask(self, robots: list[str]) -> None:
         """Ask for the nicks of robots; log why if Tencent tells none."""
@@ -97,8 +101,7 @@ class Nicks(Mapping[str, str | None]):
                 logger.warning("the robots' nicks are not known: %s", why)
             self._warned = True
         for one in robots:
-            self._nicks[one] = found.get(one) or self._nicks[one] or ""
-            self._due[one] = time.monotonic() + wait
+            self._keep(one, found.get(one, ""), wait)
 
 
 def asking_for(robots: list[str]) -> tuple[str, Json]:
