@@ -169,6 +169,8 @@ class Workers:
                 claim = self.store.claim(self.kept, self._full_lanes())
                 if not claim or self._renews(claim):
                     return None
+                if claim.progress:  # it is tried again, and nobody was woken for that
+                    self.wake()  # the message that this thread was woken for waits
                 job = Job(claim, self._lane(claim))
                 if self._takes(job):
                     return job

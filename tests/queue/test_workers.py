@@ -155,6 +155,30 @@ def test_an_added_message_wakes_a_thread(store, start):
     assert store.state("a") == "gone"
 
 
+def test_a_message_does_not_wait_for_one_that_is_tried_again(store, start):
+    """The thread that it woke took the other, which had been due longer."""
+    goes_on, begun = threading.Event(), []
+
+    def handle(job):
+        begun.append(job.claim.id)
+        if begun == ["again"]:
+            store.save_reply(job.claim, None, {"tries": 1})
+            store.release(job.claim, 0.1)
+        else:
+            assert job.claim.id == "new" or goes_on.wait(9)
+            store.finish(job.claim)
+
+    pool = start(handle, poll=30.0)
+    pool.add("again", "slow", {})
+    poll(lambda: begun == ["again"] and not pool.jobs)
+    time.sleep(0.2)
+    pool.add("new", "chat", {})
+    poll(lambda: store.state("new") == "gone")
+    assert begun == ["again", "again", "new"]
+    goes_on.set()
+    poll(lambda: idle(store))
+
+
 def test_a_claim_brings_the_kept_values(store, start):
     store.put("servers", {"well": 1})
     seen = []
