@@ -224,26 +224,27 @@ class Workers:
 
     def _work(self, job: Job) -> None:
         """Handle one message, and release it if that fails."""
-        seq, id, again = job.claim.seq, job.claim.id, self.timing.again
+        claim, again = job.claim, self.timing.again
         try:
             self.handle(job)
         except LeaseLost:
-            logger.info("%s is left to another process", id)
-            self._release(job, 0.0)  # changes nothing, unless we claimed it again
+            logger.info("%s is left to another process", claim.id)
         except StoreError as error:
             its_fault = self._is_its_fault(error)
             if its_fault:
-                logger.error("%s failed: %s", id, error)
+                logger.error("%s failed: %s", claim.id, error)
             else:
                 self._note(error)
             self._release(job, again, attempted=its_fault)
         except Exception as error:
-            log_error(id, error)
+            log_error(claim.id, error)
             self._release(job, again, attempted=True)
         finally:
             with self._ended:
-                del self._in_flight[seq]
+                del self._in_flight[claim.seq]
                 self._ended.notify_all()
+        if job.claim is not claim:  # claimed again meanwhile, and perhaps still open
+            self._release(job, 0.0)
 
     def _is_its_fault(self, error: StoreError) -> bool:
         """Return whether an operation fails although the store works.

@@ -316,6 +316,26 @@ def test_a_claim_that_this_process_took_from_itself_goes_on(store, url, start):
     broken.close()
 
 
+def test_what_ended_as_this_process_claimed_it_again_is_not_left_alone(
+    store, url, start
+):
+    """The claim that it ended had just become invalid."""
+    broken, ended = Broken(store), []
+    broken.heartbeat = lambda claims: ([], [])
+    add(store, "a")
+
+    def handle(job):
+        first = job.claim
+        if not ended:
+            query(url, "UPDATE conversation SET due = 0")  # its lease expires
+            poll(lambda: job.claim is not first)
+        ended.append(store.finish(first))
+
+    start(handle, store=broken)
+    poll(lambda: idle(store), timeout=9)  # its lease would last 12
+    assert ended == [False, True]
+
+
 def test_an_operation_that_the_store_refused_is_retried_when_it_works(
     store, start, caplog
 ):
