@@ -169,8 +169,8 @@ class Workers:
                 claim = self.store.claim(self.kept, self._full_lanes())
                 if not claim or self._renews(claim):
                     return None
-                if claim.progress:  # it is tried again, and nobody was woken for that
-                    self.wake()  # the message that this thread was woken for waits
+                if claim.progress:  # a retry: perhaps this thread was woken for another
+                    self.wake()
                 job = Job(claim, self._lane(claim))
                 if self._takes(job):
                     return job
@@ -223,7 +223,7 @@ class Workers:
         return max(now - then for now, then in zip(_clocks(), self._beat, strict=True))
 
     def _work(self, job: Job) -> None:
-        """Handle one message, and release it if that fails."""
+        """Handle one message; release it if that fails, or if it may still be open."""
         claim, again = job.claim, self.timing.again
         try:
             self.handle(job)
@@ -240,11 +240,13 @@ class Workers:
             log_error(claim.id, error)
             self._release(job, again, attempted=True)
         finally:
+            # If we claimed it again, it was perhaps the older claim that ended. What
+            # ends it later must not find it in other hands.
+            if job.claim is not claim and not self._deferred:
+                self._release(job, 0.0)
             with self._ended:
                 del self._in_flight[claim.seq]
                 self._ended.notify_all()
-        if job.claim is not claim:  # claimed again meanwhile, and perhaps still open
-            self._release(job, 0.0)
 
     def _is_its_fault(self, error: StoreError) -> bool:
         """Return whether an operation fails although the store works.

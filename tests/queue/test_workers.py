@@ -332,8 +332,8 @@ def test_what_ended_as_this_process_claimed_it_again_is_not_left_alone(
         ended.append(store.finish(first))
 
     start(handle, store=broken)
-    poll(lambda: idle(store), timeout=9)  # its lease would last 12
-    assert ended == [False, True]
+    poll(lambda: ended == [False, True], timeout=9)  # its lease would last 12
+    assert idle(store)
 
 
 def test_an_operation_that_the_store_refused_is_retried_when_it_works(
