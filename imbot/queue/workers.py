@@ -240,8 +240,8 @@ class Workers:
             log_error(claim.id, error)
             self._release(job, again, attempted=True)
         finally:
-            # If we claimed it again, it was perhaps the older claim that ended. What
-            # ends it later must not find it in other hands.
+            # This process claimed it again meanwhile: the handler perhaps ended the
+            # older claim, in vain. A deferred operation may still end the new one.
             if job.claim is not claim and not self._deferred:
                 self._release(job, 0.0)
             with self._ended:
